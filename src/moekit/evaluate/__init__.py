@@ -1,0 +1,1 @@
+"""Measuring language models: bits per byte, perplexity, and the bridge to lm-eval."""
