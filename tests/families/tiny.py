@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 VOCAB = 128
 
 # Field names differ by family; every spelling gets the same small value. Widths are multiples of 8
-# because grouped_mm needs rows of 16 bytes, and 8 experts in 4 groups keep top-2 of 2 groups reachable.
+# because grouped_mm needs rows of 16 bytes; 2 of 4 groups leave 4 of the 8 experts to choose from.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -104,27 +105,35 @@ ENCODER: dict[str, Any] = {
     "layer_types": None,
 }
 
+CORRECTION_BIASES = {"e_score_correction_bias", "expert_bias", "balancing_biases"}
+EXPERT_SCALES = {"per_expert_scale"}
+KEPT = {"A_log", "dt_bias"}
+
 MLA = {"num_key_value_heads": 4}
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 LINEAR_MIX = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+QWEN_VL = {"rope_parameters": MROPE}
+PIXTRAL = {"model_type": "pixtral"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one family differs from `COMMON`: `config` is the `model_type` to build, `model` the class
-    (default: the causal LM of the config), `fields` override, `text` and `vision` override parts."""
+    """How one family differs from `COMMON`.
+
+    `config` is the `model_type` to build and `model` the class (default: the causal LM of the
+    config); `fields` override the config's, those of a sub-config as a nested dict.
+    """
 
     config: str
-    model: str | None = None
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-    text: dict[str, Any] = dataclasses.field(default_factory=dict)
-    vision: dict[str, Any] = dataclasses.field(default_factory=dict)
-    generate: bool = True
+    model: str | None
+    generate: bool
+    fields: dict[str, Any]
 
 
 def _row(config: str, *, model: str | None = None, generate: bool = True, **fields: Any) -> Row:
-    text, vision = fields.pop("text", {}), fields.pop("vision", {})
-    return Row(config, model, fields, text, vision, generate)
+    return Row(config, model, generate, fields)
 
 
 ROWS: dict[str, Row] = {
@@ -135,26 +144,100 @@ ROWS: dict[str, Row] = {
     "bailing_hybrid": _row("bailing_hybrid", **MLA, **DENSE_FIRST, **LINEAR_MIX),
     "beam": _row("beam", **DENSE_FIRST),
     "cohere2_moe": _row("cohere2_moe", **DENSE_FIRST, num_shared_experts=2),
+    "dbrx": _row(
+        "dbrx",
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=256,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+    ),
+    "deepseek_ocr2": _row(
+        "deepseek_ocr2",
+        model="DeepseekOcr2ForConditionalGeneration",
+        text_config={**DENSE_FIRST, **MLA},
+        vision_config={"sam_config": {"downsample_channels": [16, 32]}},
+    ),
     "deepseek_v2": _row("deepseek_v2", **MLA, topk_method="group_limited_greedy"),
     "deepseek_v3": _row("deepseek_v3", **MLA),
     "deepseek_v32": _row("deepseek_v32", **MLA, **DENSE_FIRST),
-    "deepseek_v4": _row("deepseek_v4"),
+    "deepseek_v4": _row(
+        "deepseek_v4",
+        num_key_value_heads=1,
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        o_groups=2,
+        o_lora_rank=16,
+        head_dim=16,
+        partial_rotary_factor=0.5,
+    ),
+    "diffusion_gemma": _row(
+        "diffusion_gemma",
+        model="DiffusionGemmaForBlockDiffusion",
+        generate=False,
+        text_config={"top_k_experts": 2},
+        vision_config={"model_type": "gemma4_vision"},
+        canvas_length=8,
+    ),
+    "doge": _row("doge", is_moe=True, num_experts=16),
     "dots1": _row("dots1", n_shared_experts=1),
-    "dots3_note": _row("dots3_note_text", **MLA, **DENSE_FIRST),
+    "dots3_note": _row(
+        "dots3_note_text",
+        **MLA,
+        **DENSE_FIRST,
+        shared_experts_intermediate_size=40,
+        layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
+        head_dim=16,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        swa_q_lora_rank=16,
+        swa_kv_lora_rank=16,
+        swa_head_dim=16,
+        swa_qk_nope_head_dim=8,
+        swa_v_head_dim=8,
+    ),
     "ernie4_5_moe": _row("ernie4_5_moe", moe_num_experts=8, moe_k=2),
+    "ernie4_5_vl_moe": _row(
+        "ernie4_5_vl_moe",
+        model="Ernie4_5_VLMoeForConditionalGeneration",
+        text_config={
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": [24, 16],
+            "rope_parameters": MROPE,
+        },
+    ),
     "exaone_moe": _row("exaone_moe", **DENSE_FIRST),
     "flex_olmo": _row("flex_olmo"),
     "flint": _row("flint", mlp_only_layers=[0]),
-    "gemma4": _row("gemma4_text", enable_moe_block=True, top_k_experts=2),
+    "gemma4": _row(
+        "gemma4_text",
+        enable_moe_block=True,
+        top_k_experts=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        global_head_dim=8,
+    ),
     "glm4_moe": _row("glm4_moe"),
     "glm4_moe_lite": _row("glm4_moe_lite", **MLA, **DENSE_FIRST),
+    "glm4v_moe": _row("glm4v_moe", model="Glm4vMoeForConditionalGeneration", text_config=QWEN_VL),
+    "glm5_next": _row(
+        "glm5_next",
+        model="Glm5NextForConditionalGeneration",
+        text_config={
+            **MLA,
+            **DENSE_FIRST,
+            "qk_rope_head_dim": 0,
+            "index_kpool": 4,
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        },
+    ),
     "glm_moe_dsa": _row("glm_moe_dsa", **MLA, **DENSE_FIRST),
     "gpt_oss": _row("gpt_oss"),
     "granitemoe": _row("granitemoe"),
     "granitemoe_swa": _row("granitemoe_swa"),
     "granitemoehybrid": _row(
         "granitemoehybrid",
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        **LINEAR_MIX,
         mamba_n_heads=8,
         mamba_d_head=8,
         mamba_d_state=8,
@@ -164,8 +247,8 @@ ROWS: dict[str, Row] = {
     "hunyuan_v1_moe": _row("hunyuan_v1_moe"),
     "hy_v3": _row("hy_v3", **DENSE_FIRST),
     "hy_v4": _row("hy_v4", **DENSE_FIRST, **MLA),
-    "inkling": _row("inkling_text"),
-    "inkling2": _row("inkling2_text"),
+    "inkling": _row("inkling_text", **DENSE_FIRST, **INKLING, rel_extent=16, d_rel=8),
+    "inkling2": _row("inkling2_text", **INKLING, rel_extent=16, d_rel=8),
     "jamba": _row(
         "jamba",
         attn_layer_period=2,
@@ -174,43 +257,52 @@ ROWS: dict[str, Row] = {
         mamba_dt_rank=8,
         mamba_d_state=8,
     ),
+    "jetmoe": _row("jetmoe", kv_channels=8),
     "kimi_linear": _row("kimi_linear", **MLA, **DENSE_FIRST, **LINEAR_MIX),
     "kolibri1": _row("kolibri1"),
     "laguna": _row("laguna", **DENSE_FIRST),
     "lfm2_moe": _row("lfm2_moe", layer_types=["conv", "full_attention", "conv"]),
-    "mellum": _row("mellum", **DENSE_FIRST),
-    "mimo_v2_flash": _row("mimo_v2_flash", **DENSE_FIRST),
-    "minimax": _row("minimax"),
-    "minimax_m2": _row("minimax_m2"),
-    "minimax_m3_vl": _row("minimax_m3_vl_text", **DENSE_FIRST),
-    "mistral4": _row("mistral4", model="Mistral4ForCausalLM", **MLA),
-    "mixtral": _row("mixtral"),
-    "nemotron_h": _row("nemotron_h"),
-    "olmoe": _row("olmoe"),
-    "phimoe": _row("phimoe"),
-    "qwen2_moe": _row("qwen2_moe", mlp_only_layers=[0]),
-    "qwen3_5_moe": _row("qwen3_5_moe_text", **LINEAR_MIX),
-    "qwen3_moe": _row("qwen3_moe", mlp_only_layers=[0], norm_topk_prob=True),
-    "qwen3_next": _row("qwen3_next", **LINEAR_MIX),
-    "qwen4_exp": _row(
-        "qwen4_exp_text", layer_types=["linear_attention", "indexed_attention", "linear_attention"]
-    ),
-    "solar_open": _row("solar_open"),
-    "zaya": _row("zaya", num_experts_per_tok=1, router_hidden_size=16),
-    "dbrx": _row("dbrx"),
-    "doge": _row("doge", is_moe=True, num_experts=16),
-    "jetmoe": _row("jetmoe", kv_channels=8),
     "llama4": _row("llama4_text", moe_layers=[1, 2], intermediate_size_mlp=48),
     "longcat_flash": _row(
         "longcat_flash",
+        **MLA,
         num_layers=2,
         ffn_hidden_size=48,
         expert_ffn_hidden_size=24,
         zero_expert_num=4,
-        **MLA,
     ),
-    "openai_privacy_filter": _row(
-        "openai_privacy_filter", model="OpenAIPrivacyFilterForTokenClassification", generate=False
+    "mellum": _row("mellum", **DENSE_FIRST),
+    "mimo_v2_flash": _row("mimo_v2_flash", **DENSE_FIRST),
+    "minimax": _row("minimax"),
+    "minimax_m2": _row("minimax_m2"),
+    "minimax_m3_vl": _row(
+        "minimax_m3_vl_text", **DENSE_FIRST, dense_intermediate_size=48, rotary_dim=8
+    ),
+    "mistral4": _row("mistral4", model="Mistral4ForCausalLM", **MLA),
+    "mistral_large4": _row(
+        "mistral_large4",
+        model="MistralLarge4ForConditionalGeneration",
+        text_config={**MLA, **DENSE_FIRST},
+        vision_config=PIXTRAL,
+    ),
+    "mixtral": _row("mixtral"),
+    "muse_spark": _row(
+        "muse_spark",
+        model="MuseSparkForConditionalGeneration",
+        text_config={**DENSE_FIRST, "moe_hidden_size": 16},
+        audio_config={"num_hidden_layers": 4},
+        out_hidden_size=32,
+        projector_hidden_size=32,
+    ),
+    "nemotron_h": _row(
+        "nemotron_h",
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "moe"],
+        moe_shared_expert_intermediate_size=40,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+        chunk_size=8,
     ),
     "nllb_moe": _row(
         "nllb-moe",
@@ -226,6 +318,42 @@ ROWS: dict[str, Row] = {
         decoder_start_token_id=2,
         pad_token_id=1,
     ),
+    "olmoe": _row("olmoe"),
+    "openai_privacy_filter": _row(
+        "openai_privacy_filter",
+        model="OpenAIPrivacyFilterForTokenClassification",
+        generate=False,
+    ),
+    "phimoe": _row("phimoe"),
+    "qwen2_moe": _row("qwen2_moe", mlp_only_layers=[0]),
+    "qwen3_5_moe": _row("qwen3_5_moe_text", **LINEAR_MIX),
+    "qwen3_moe": _row("qwen3_moe", mlp_only_layers=[0], norm_topk_prob=True),
+    "qwen3_next": _row("qwen3_next", **LINEAR_MIX),
+    "qwen3_omni_moe": _row(
+        "qwen3_omni_moe_thinker",
+        model="Qwen3OmniMoeThinkerForConditionalGeneration",
+        text_config=QWEN_VL,
+        vision_start_token_id=0,
+    ),
+    "qwen3_vl_moe": _row(
+        "qwen3_vl_moe", model="Qwen3VLMoeForConditionalGeneration", text_config=QWEN_VL
+    ),
+    "qwen4_exp": _row(
+        "qwen4_exp_text",
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+        hc_lowrank=8,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=64,
+        indexer_compress_ratio=4,
+    ),
+    "solar_open": _row("solar_open"),
+    "step3p7": _row(
+        "step3p7",
+        model="Step3p7ForConditionalGeneration",
+        text_config={**DENSE_FIRST, "share_expert_dim": 40, "pad_token_id": 0},
+    ),
     "switch_transformers": _row(
         "switch_transformers",
         model="SwitchTransformersForConditionalGeneration",
@@ -236,63 +364,45 @@ ROWS: dict[str, Row] = {
         num_heads=4,
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1,
+        pad_token_id=0,
+        decoder_start_token_id=0,
     ),
-    "deepseek_ocr2": _row(
-        "deepseek_ocr2", model="DeepseekOcr2ForConditionalGeneration", text=DENSE_FIRST
+    "unlimited_ocr": _row(
+        "unlimited_ocr",
+        model="UnlimitedOcrForConditionalGeneration",
+        text_config=MLA,
     ),
-    "diffusion_gemma": _row(
-        "diffusion_gemma", model="DiffusionGemmaForBlockDiffusion", generate=False
-    ),
-    "ernie4_5_vl_moe": _row("ernie4_5_vl_moe", model="Ernie4_5_VLMoeForConditionalGeneration"),
-    "glm4v_moe": _row("glm4v_moe", model="Glm4vMoeForConditionalGeneration"),
-    "glm5_next": _row("glm5_next", model="Glm5NextForConditionalGeneration"),
-    "mistral_large4": _row("mistral_large4", model="MistralLarge4ForConditionalGeneration"),
-    "muse_spark": _row("muse_spark", model="MuseSparkForConditionalGeneration"),
-    "qwen3_omni_moe": _row(
-        "qwen3_omni_moe_thinker", model="Qwen3OmniMoeThinkerForConditionalGeneration"
-    ),
-    "qwen3_vl_moe": _row("qwen3_vl_moe", model="Qwen3VLMoeForConditionalGeneration"),
-    "step3p7": _row("step3p7", model="Step3p7ForConditionalGeneration"),
-    "unlimited_ocr": _row("unlimited_ocr", model="UnlimitedOcrForConditionalGeneration"),
+    "zaya": _row("zaya", num_experts_per_tok=1, router_hidden_size=16),
 }
 
 SKIP: dict[str, str] = {
-    "qwen4_exp": "its tiny config does not build yet",
-    "dbrx": "its tiny config does not build yet",
-    "deepseek_ocr2": "its tiny config does not build yet",
-    "diffusion_gemma": "its tiny config does not build yet",
-    "ernie4_5_vl_moe": "its tiny config does not build yet",
-    "glm4v_moe": "its tiny config does not build yet",
-    "glm5_next": "its tiny config does not build yet",
-    "mistral_large4": "its tiny config does not build yet",
-    "muse_spark": "its tiny config does not build yet",
-    "step3p7": "its tiny config does not build yet",
-    "vitpose_backbone": "an image encoder: it has no input_ids and its expert is chosen by the caller, not by a router",
+    "vitpose_backbone": "an image encoder without input_ids, whose caller and not a router picks "
+    "the expert",
 }
 
 
 def _tiny(
-    config_class: type[PretrainedConfig], row: Row, common: dict[str, Any], **fields: Any
+    config_class: type[PretrainedConfig], common: dict[str, Any], fields: dict[str, Any]
 ) -> PretrainedConfig:
     declared = {f.name for f in dataclasses.fields(config_class)}
     values = {name: value for name, value in common.items() if name in declared}
-    for name, part in config_class.sub_configs.items():
-        extra = row.text if name == "text_config" else row.vision if name == "vision_config" else {}
+    fields = dict(fields)
+    for name, part_class in config_class.sub_configs.items():
+        part_fields = dict(fields.pop(name, {}))
+        if "model_type" in part_fields:
+            part_class = CONFIG_MAPPING[part_fields.pop("model_type")]
         base = COMMON if name == "text_config" else COMMON | ENCODER
-        if "model_type" in extra or part.__name__ == "AutoConfig":
-            extra = dict(extra)
-            part = CONFIG_MAPPING[extra.pop("model_type")]
-        values[name] = _tiny(part, row, base, **extra)
+        values[name] = _tiny(part_class, base, part_fields)
     return config_class(**(values | fields))
 
 
 def _config(family: str) -> PretrainedConfig:
     row = ROWS[family]
-    return _tiny(CONFIG_MAPPING[row.config], row, COMMON, **row.fields)
+    return _tiny(CONFIG_MAPPING[row.config], COMMON, row.fields)
 
 
 TINY: dict[str, Callable[[], PretrainedConfig]] = {
-    family: functools.partial(_config, family) for family in ROWS if family not in SKIP
+    family: functools.partial(_config, family) for family in ROWS
 }
 
 
@@ -310,7 +420,37 @@ def build_tiny(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(model_type)._from_config(TINY[model_type](), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if any(part in name for part in model._keep_in_fp32_modules_strict):
+                tensor.data = tensor.data.float()  # as from_pretrained does; some routers need it
+            _randomize(name, tensor, generator)
     return model.eval()
+
+
+def _randomize(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    # The default std of 0.02 makes the router indifferent and the logits flat; with unit-variance
+    # projections every expert is chosen. Correction biases start at zero and expert scales at one,
+    # which would hide a rule that forgets them. Norms and decay rates keep their own values.
+    leaf = name.rsplit(".", 1)[-1]
+    trained = isinstance(tensor, torch.nn.Parameter)
+    if leaf in CORRECTION_BIASES:
+        values = torch.rand(tensor.shape, generator=generator) * 0.2
+    elif leaf in EXPERT_SCALES:
+        values = torch.rand(tensor.shape, generator=generator) + 0.5
+    elif leaf == "tid2eid":
+        values = torch.rand(len(tensor), COMMON["num_experts"], generator=generator)
+        values = values.topk(tensor.shape[-1]).indices
+    elif leaf in KEPT or not trained:
+        return
+    elif tensor.ndim >= 2:
+        values = torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5
+    elif leaf.endswith("bias"):
+        values = torch.randn(tensor.shape, generator=generator) * 0.1
+    else:
+        return
+    tensor.copy_(values)
 
 
 def tiny_inputs(
