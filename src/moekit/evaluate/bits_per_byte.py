@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moekit.core.errors import UserError
+from moekit.core.registry import register
 from moekit.evaluate.text import Sample, limit_bytes_per_domain
 
 # Logits are by far the largest activation; a batch is cut so that they stay under this in fp32.
@@ -98,6 +99,19 @@ class _Window:
     scored: int  # how many of the last targets count
 
 
+@register(
+    "measure",
+    "bits-per-byte",
+    title="Bits per byte and perplexity by domain, by sliding window",
+    needs=("weights", "data"),
+    limits="Text is cut into windows of `context` tokens, which never cross documents.",
+    options={
+        "context": "tokens a window reads",
+        "stride": "tokens between the starts of two windows",
+        "batch_size": "windows in one forward pass",
+        "max_bytes_per_domain": "score only the leading bytes of each domain",
+    },
+)
 def bits_per_byte(
     model: nn.Module,
     tokenizer: Any,
