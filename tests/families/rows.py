@@ -247,7 +247,7 @@ ROWS: dict[str, Row] = {
     "jetmoe": _row("jetmoe", kv_channels=8),
     "kimi_linear": _row("kimi_linear", **MLA, **DENSE_FIRST, **LINEAR_MIX),
     "kolibri1": _row("kolibri1"),
-    "laguna": _row("laguna", **DENSE_FIRST),
+    "laguna": _row("laguna", **DENSE_FIRST, moe_router_logit_softcapping=2.0),
     "lfm2_moe": _row("lfm2_moe", layer_types=["conv", "full_attention", "conv"]),
     "llama4": _row("llama4_text", moe_layers=[1, 2], intermediate_size_mlp=48),
     "longcat_flash": _row(
@@ -311,7 +311,7 @@ ROWS: dict[str, Row] = {
         model="OpenAIPrivacyFilterForTokenClassification",
         generate=False,
     ),
-    "phimoe": _row("phimoe"),
+    "phimoe": _row("phimoe", router_jitter_noise=0.1),
     "qwen2_moe": _row("qwen2_moe", mlp_only_layers=[0]),
     "qwen3_5_moe": _row("qwen3_5_moe_text", **LINEAR_MIX),
     "qwen3_moe": _row("qwen3_moe", mlp_only_layers=[0], norm_topk_prob=True),

@@ -60,12 +60,19 @@ def model_class(family: str) -> type[PreTrainedModel]:
 
 
 def build_tiny(
-    model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0
+    model_type: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Build the tiny model of a family with random weights, in evaluation mode."""
+    """Build the tiny model of a family with random weights, in evaluation mode.
+
+    `config` defaults to the family's own; give one that was changed to build a variant.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(model_type)._from_config(TINY[model_type](), dtype=dtype)
+        config = TINY[model_type]() if config is None else config
+        model = model_class(model_type)._from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
