@@ -1,23 +1,25 @@
-"""Adapters for the MoE families whose experts are not called at the seam."""
+"""Layers of the MoE families whose experts are not called at the seam.
+
+Each is a `MoELayer` that translates its family's calls to hidden, ids and weights. Not covered:
+`vitpose_backbone`, an image encoder whose caller names one expert an image, without a router.
+"""
 
 from __future__ import annotations
 
-from .dbrx import DbrxAdapter
-from .doge import DogeAdapter
-from .jetmoe import JetMoeAdapter
-from .llama4 import Llama4Adapter
-from .longcat_flash import LongcatFlashAdapter
-from .nllb_moe import NllbMoeAdapter
-from .switch_transformers import SwitchTransformersAdapter
-from .vitpose_backbone import VitPoseBackboneAdapter
+from .dbrx import DbrxLayer
+from .doge import DogeLayer
+from .jetmoe import JetMoeLayer
+from .llama4 import Llama4Layer
+from .longcat_flash import LongcatFlashLayer
+from .nllb_moe import NllbMoeLayer
+from .switch_transformers import SwitchTransformersLayer
 
 ADAPTERS = (
-    DbrxAdapter,
-    DogeAdapter,
-    JetMoeAdapter,
-    Llama4Adapter,
-    LongcatFlashAdapter,
-    NllbMoeAdapter,
-    SwitchTransformersAdapter,
-    VitPoseBackboneAdapter,
+    DbrxLayer,
+    DogeLayer,
+    JetMoeLayer,
+    Llama4Layer,
+    LongcatFlashLayer,
+    NllbMoeLayer,
+    SwitchTransformersLayer,
 )

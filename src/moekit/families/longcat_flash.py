@@ -1,15 +1,20 @@
-"""`longcat_flash`: some choices are identity experts without weights."""
+"""`longcat_flash`: the last choices are identity experts, which have no weights."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from moekit.core.layer import MoELayer
 
 
-class LongcatFlashAdapter:
-    experts_name = "experts"
-    router_name = "router"
-    shared_names: tuple[str, ...] = ()
+class LongcatFlashLayer(MoELayer):
+    """`num_experts` counts the experts with weights; ids from there to `num_choices` are identities."""
 
-    @staticmethod
-    def matches(block: nn.Module) -> bool:
+    @classmethod
+    def matches(cls, block: nn.Module) -> bool:
         return "experts" in block._modules and hasattr(block.experts, "identity_expert")
+
+    def run_expert(self, e: int, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+        if e < self.num_experts:
+            return super().run_expert(e, hidden, weight)
+        return hidden if weight is None else hidden * weight
