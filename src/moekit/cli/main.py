@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import sys
 from typing import Annotated, Any
 
@@ -26,12 +27,17 @@ VERBS = {
 }
 
 
-def load_verb(name: str) -> Any:
+def load_function(verb: str) -> Any:
+    """The function of a verb; imports its module."""
+    module, _, function = VERBS[verb][0].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def load_command(verb: str) -> Any:
     """The typer command of a verb; imports its module."""
-    module, _, function = VERBS[name][0].partition(":")
     # Plain help text: rich would cost more start-up time than everything else together.
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name)(getattr(importlib.import_module(module), function))
+    app.command(verb)(load_function(verb))
     return typer.main.get_command(app)
 
 
@@ -45,7 +51,7 @@ class LazyGroup(TyperGroup):
         return list(VERBS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return load_verb(cmd_name) if cmd_name in VERBS else None
+        return load_command(cmd_name) if cmd_name in VERBS else None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Verbs"):
@@ -95,7 +101,14 @@ def moekit(
 def entry(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 for a request that cannot be met, 130 Ctrl-C."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Models write every script, whatever the locale says.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     with reporting_errors():
+        if args == ["list"]:
+            # typer checks options with pydantic, whose import takes longer than all the rest.
+            return load_function("list")()
         command = typer.main.get_command(app)
         code = command.main(args or ["--help"], prog_name="moekit", standalone_mode=False)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,5 @@
+"""`python -m moekit`."""
+
+from moekit.cli.main import entry
+
+entry()

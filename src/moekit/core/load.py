@@ -1,0 +1,159 @@
+"""Opening a model: `babel`, a local directory or a hub id, checked before the weights are read.
+
+transformers is imported inside the functions: a mistyped path is then reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from moekit.core.spec import MoESpec
+
+BABEL = "babel"
+BABEL_PATH = Path(__file__).parents[1] / BABEL
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer (None if it has none) and its spec."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    spec: MoESpec
+
+
+def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: Any) -> LoadedModel:
+    """Load `babel`, a local directory or a hub id; `dtype` None keeps the stored number format.
+
+    `options` go to `from_pretrained`. Only classes that transformers ships are used, and only
+    safetensors are read. Raises UserError where there is no model, for a dense model, an unknown
+    family, a damaged or incomplete checkpoint, and a hub that cannot be reached.
+    """
+    from moekit.core.architecture import architecture_of, read_config
+    from moekit.core.checkpoint import Checkpoint
+    from moekit.core.spec import MoESpec
+
+    source = resolve_model(path)
+    # From the hub the config alone at first: a dense model is refused before its download.
+    config = read_config(_hub_config(source) if isinstance(source, str) else source)
+    spec = MoESpec.from_config(config)
+    directory = _hub_snapshot(source) if isinstance(source, str) else source
+    Checkpoint(directory).close()
+    model = _load_weights(architecture_of(config), directory, dtype, options)
+    return LoadedModel(model, load_tokenizer(directory), spec)
+
+
+def load_model(
+    source: str | Path, dtype: str | torch.dtype | None = None, **options: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of `load`."""
+    loaded = load(source, dtype, **options)
+    return loaded.model, loaded.tokenizer
+
+
+def resolve_model(source: str | Path) -> Path | str:
+    """The directory of a local model or of `babel`, or a hub id as it is.
+
+    Raises UserError for what is neither.
+    """
+    name = str(source)
+    if name == BABEL:
+        if not BABEL_PATH.is_dir():
+            raise UserError(f"babel is missing from this installation: {BABEL_PATH} does not exist")
+        return BABEL_PATH
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{name} is a file: give the directory of the model, with its config.json")
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return name
+    raise UserError(
+        f"{name}: no such directory; MODEL is a local directory, a hub id (owner/name) or babel"
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model's directory, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    from moekit.core.checkpoint import read_json
+
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            read_json(directory / name)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+
+
+def _load_weights(
+    model_class: type[PreTrainedModel],
+    directory: Path,
+    dtype: str | torch.dtype | None,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    loaded: Any = model_class.from_pretrained(
+        directory,
+        dtype="auto" if dtype is None else dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        # Reported below, with names: transformers itself only points to its log.
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    model, report = loaded
+    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    problems += [
+        f"{name} has shape {list(stored)}, the config says {list(expected)}"
+        for name, stored, expected in sorted(report["mismatched_keys"])
+    ]
+    if problems:
+        # transformers would go on with random values in their place.
+        raise UserError(
+            f"{directory}: {len(problems)} tensors do not fit the config "
+            f"({model_class.__name__}): {problems[0]}"
+        )
+    return model
+
+
+def _hub_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"{name} is neither a local directory nor could it be read from the hub: {reason}"
+    )
