@@ -102,6 +102,34 @@ def test_a_slice_reads_only_its_bytes(tmp_path, monkeypatch):
     assert read == [(3 * 48, 4 * 48)]
 
 
+@pytest.mark.parametrize(
+    "region",
+    [
+        ((0, 5), (0, 4), (0, 6)),
+        ((2, 3), (1, 3), (0, 6)),
+        ((2, 3), (1, 2), (2, 5)),
+        ((1, 4), (1, 2), (0, 6)),
+        ((2, 2), (0, 4), (0, 6)),
+        ((4, 5), (3, 4), (5, 6)),
+    ],
+)
+def test_blocks(tmp_path, region):
+    bank = tensors()["bank"]
+    save_file({"bank": bank}, tmp_path / "model.safetensors")
+    block = Checkpoint(tmp_path).get_block("bank", region)
+    assert torch.equal(block, bank[tuple(slice(*pair) for pair in region)])
+
+
+def test_half_an_expert_reads_half_its_bytes(tmp_path, monkeypatch):
+    save_file({"bank": tensors()["bank"]}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    read = []
+    original = checkpoint._read
+    monkeypatch.setattr(checkpoint, "_read", lambda *a: (read.append(a[1:]), original(*a))[1])
+    checkpoint.get_block("bank", ((3, 4), (2, 4), (0, 6)))
+    assert read == [(3 * 48 + 24, 4 * 48)]
+
+
 @pytest.mark.parametrize("key", [5, -6])
 def test_slice_out_of_range(tmp_path, key):
     save_file({"bank": tensors()["bank"]}, tmp_path / "model.safetensors")

@@ -336,9 +336,25 @@ class Checkpoint:
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"{name}: rows {start} to {stop} of shape {list(info.shape)}")
-        row = math.prod(info.shape[1:]) * info.dtype.itemsize
-        data = self._read(name, start * row, stop * row)
-        return data.view(info.dtype).view(stop - start, *info.shape[1:])
+        rest = tuple((0, size) for size in info.shape[1:])
+        return self.get_block(name, ((start, stop), *rest))
+
+    def get_block(self, name: str, region: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """The block with one (start, stop) per axis; leading axes with one index cost nothing."""
+        info = self.info(name)
+        if not region:
+            return self.get(name)
+        strides = [math.prod(info.shape[i + 1 :]) * info.dtype.itemsize for i in range(len(region))]
+        axis = 0
+        while axis < len(region) - 1 and region[axis][1] - region[axis][0] == 1:
+            axis += 1
+        begin = sum(region[i][0] * strides[i] for i in range(axis + 1))
+        count = max(0, region[axis][1] - region[axis][0])
+        data = self._read(name, begin, begin + count * strides[axis]).view(info.dtype)
+        block = data.view(*[1] * axis, count, *info.shape[axis + 1 :])
+        for later in range(axis + 1, len(region)):
+            block = block.narrow(later, region[later][0], region[later][1] - region[later][0])
+        return block
 
     def get_slice(self, name: str) -> TensorSlice:
         """A lazy handle: `get_slice(name)[e]` reads one expert out of a fused bank [E, ...]."""
@@ -349,7 +365,7 @@ class Checkpoint:
         if entry.file not in self._files:
             self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
         data = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         done = 0
         while done < len(view):
             # One call moves at most 2 GiB.

@@ -75,7 +75,7 @@ class Deferred(torch.Tensor):
             yield start, self.rows(start, min(start + step, self.shape[0]))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -121,8 +121,9 @@ def _meta_outputs(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 def _compute_all(func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Reader]:
     def reader(index: int) -> Reader:
         def read(region: Region) -> torch.Tensor:
+            # A Deferred has the strides of a contiguous tensor, which `view` relies on.
             loaded_args, loaded_kwargs = tree_map_only(
-                Deferred, lambda tensor: tensor.read(), (args, dict(kwargs))
+                Deferred, lambda tensor: tensor.read().contiguous(), (args, dict(kwargs))
             )
             result = func(*loaded_args, **loaded_kwargs)
             block = result[index] if isinstance(result, list | tuple) else result

@@ -288,7 +288,7 @@ class CheckpointWriter:
 
     def _pwrite(self, rows: torch.Tensor, offset: int) -> None:
         assert self._file is not None
-        view = memoryview(rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        view = rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
             done += os.pwrite(self._file, view[done:], offset + done)
