@@ -47,7 +47,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
 
     source = resolve_model(path)
     # From the hub the config alone at first: a dense model is refused before its download.
-    config = read_config(_hub_config(source) if isinstance(source, str) else source)
+    config = read_config(find_config(source))
     spec = MoESpec.from_config(config)
     directory = _hub_snapshot(source) if isinstance(source, str) else source
     Checkpoint(directory).close()
@@ -83,6 +83,17 @@ def resolve_model(source: str | Path) -> Path | str:
     raise UserError(
         f"{name}: no such directory; MODEL is a local directory, a hub id (owner/name) or babel"
     )
+
+
+def find_config(source: str | Path) -> Path:
+    """The directory of a model or its `config.json` file; from the hub only that file is read.
+
+    Raises UserError where there is neither, or the hub cannot be reached.
+    """
+    if Path(source).expanduser().is_file():
+        return Path(source).expanduser()
+    found = resolve_model(source)
+    return _hub_config(found) if isinstance(found, str) else found
 
 
 def load_tokenizer(directory: Path) -> Any:
