@@ -7,9 +7,10 @@ Shapes: E experts, D width, F expert width. A bank stores `gate_up_proj` [E, 2F,
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.ops.experts_naive import oriented
@@ -39,7 +40,7 @@ class ExpertWeights:
         return replace(self, **{name: part.clone() for name, part in self.tensors().items()})
 
 
-def bank_views(experts: nn.Module, e: int) -> ExpertWeights:
+def bank_views(experts: Any, e: int) -> ExpertWeights:
     """Return expert `e` of a fused bank as views into its parameters; writing changes the model."""
     gated = getattr(experts, "has_gate", True)
     biased = getattr(experts, "has_bias", False)

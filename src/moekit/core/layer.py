@@ -42,6 +42,11 @@ class MoELayer:
     # Whether the family's own experts accept ids of -1.
     runs_partial_rows = False
 
+    # The modules of the model's own family; what they have differs by family.
+    block: Any
+    experts: Any
+    router: Any
+
     def __init__(self, site: MoESite, position: int):
         self.position = position
         self.index = site.layer_index

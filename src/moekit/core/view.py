@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from moekit.core.errors import UserError
 from moekit.core.find import find_moe
 from moekit.core.layer import MoELayer
 from moekit.core.port import SeamCall
+
+if TYPE_CHECKING:
+    from moekit.core.trace import RoutingTrace
 
 
 class MoEView:
@@ -43,12 +46,12 @@ class MoEView:
 
     def trace(
         self, out: str | Path | None = None, *, logits: bool = False, domain: str = ""
-    ) -> AbstractContextManager[Any]:
+    ) -> AbstractContextManager[RoutingTrace]:
         """Record the routing of every forward inside the context as a `RoutingTrace`.
 
         The trace is filled when the context ends: in memory, or streamed to the directory `out`.
         """
-        from moekit.core.trace import tracing
+        from moekit.core.trace_writer import tracing
 
         return tracing(self, out, logits=logits, domain=domain)
 

@@ -11,7 +11,7 @@ from moekit.core.layer import MoELayer
 
 
 class DbrxLayer(MoELayer):
-    """Experts are row blocks of `w1`, `v1` and `w2`, each [E * F, D]; they are called with [B, S, D]."""
+    """Experts are row blocks of `w1`, `v1`, `w2` [E * F, D]; they are called with [B, S, D]."""
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""`jetmoe`: tokens are sorted by expert inside the block. Its attention experts are not a MoE layer."""
+"""`jetmoe`: the block sorts tokens by expert. Its attention experts are not a MoE layer."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from moekit.core.layer import MoELayer
 
 
 class LongcatFlashLayer(MoELayer):
-    """`num_experts` counts the experts with weights; ids from there to `num_choices` are identities."""
+    """`num_experts` counts experts with weights; ids up to `num_choices` are identities."""
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
