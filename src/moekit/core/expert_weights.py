@@ -20,11 +20,11 @@ from moekit.ops.experts_naive import oriented
 class ExpertWeights:
     """The matrices of one expert: gate and up [F, D], down [D, F], biases [F], [F] and [D].
 
-    What the family does not have is None.
+    What the family does not have is None; only vitpose_backbone has no `up`.
     """
 
     gate: Tensor | None
-    up: Tensor
+    up: Tensor | None
     down: Tensor
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None

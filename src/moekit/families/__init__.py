@@ -1,7 +1,6 @@
 """Layers of the MoE families whose experts are not called at the seam.
 
-Each is a `MoELayer` that translates its family's calls to hidden, ids and weights. Not covered:
-`vitpose_backbone`, an image encoder whose caller names one expert an image, without a router.
+Each is a `MoELayer` that translates its family's calls to hidden, ids and weights.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from .llama4 import Llama4Layer
 from .longcat_flash import LongcatFlashLayer
 from .nllb_moe import NllbMoeLayer
 from .switch_transformers import SwitchTransformersLayer
+from .vitpose_backbone import VitPoseBackboneLayer
 
 ADAPTERS = (
     DbrxLayer,
@@ -22,4 +22,5 @@ ADAPTERS = (
     LongcatFlashLayer,
     NllbMoeLayer,
     SwitchTransformersLayer,
+    VitPoseBackboneLayer,
 )

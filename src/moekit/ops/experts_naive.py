@@ -71,10 +71,11 @@ def naive_combine(
     """
     rows = []
     for t in range(hidden.shape[0]):
-        total = torch.zeros_like(hidden[t : t + 1])
+        row = hidden[t : t + 1]
+        parts = []
         for k in range(ids.shape[1]):
             e = int(ids[t, k])
             if e >= 0:
-                total = total + contribution(e, hidden[t : t + 1], weights[t, k])
-        rows.append(total)
+                parts.append(contribution(e, row, weights[t, k]))
+        rows.append(torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(row))
     return torch.cat(rows).to(hidden.dtype) if rows else torch.zeros_like(hidden)
