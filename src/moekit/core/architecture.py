@@ -104,7 +104,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     build = architecture_of(config)
     try:
         with torch.device("meta"), no_init_weights():
-            model = build(copy.deepcopy(config))
+            model = build(copy.deepcopy(_part_for(build, config)))
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -112,3 +112,11 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
     model.tie_weights()
     return model
+
+
+def _part_for(build: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    # A checkpoint of the text part alone may keep the config of the whole.
+    if build.config_class is None or isinstance(config, build.config_class):
+        return config
+    text = config.get_text_config(decoder=True)
+    return text if isinstance(text, build.config_class) else config

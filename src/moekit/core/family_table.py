@@ -146,6 +146,8 @@ TOP_K = {"nllb_moe": 2, "switch_transformers": 1, "vitpose_backbone": 1}
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 NUM_EXPERTS_NAMES = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 SCALING_NAMES = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
+# Blocks that halve the sum of routed and shared experts when this is "average".
+SHARED_STRATEGY_NAME = "shared_expert_combination_strategy"
 GROUP_NAMES = ("num_group", "topk_group")
 # Outputs of a router beyond the experts with weights: identity experts, or a choice of none.
 CHOICES_NAMES = ("num_router_classes", "n_routed_experts")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from moekit.core import family_table as table
+from moekit.core.errors import UserError
 from moekit.core.family_table import Attr, Bank, Rule, Switch
 from moekit.core.find import MoESite
 
@@ -69,6 +70,8 @@ def describe_layer(site: MoESite, config: PretrainedConfig) -> LayerSpec:
         groups = topk_groups = 1
     scaling, output_scaling = _scaling(site, rule, top_k)
     tensors = [p for n, p in site.experts.named_parameters() if n.startswith(expert_tensors(site))]
+    # Rows, not E: longcat_flash keeps unused rows for its experts without weights.
+    stacked = bank.dims[0] == "E"
     return LayerSpec(
         layer_index=site.layer_index,
         path=site.path,
@@ -99,7 +102,7 @@ def describe_layer(site: MoESite, config: PretrainedConfig) -> LayerSpec:
         interleaved=not getattr(site.experts, "is_concatenated", True),
         has_bias=bank.biased,
         has_gate=bank.gated,
-        params_per_expert=sum(p.numel() for p in tensors) // num_experts,
+        params_per_expert=sum(p.numel() // (len(p) if stacked else num_experts) for p in tensors),
     )
 
 
@@ -160,7 +163,10 @@ def _first(site: MoESite, config: PretrainedConfig, names: tuple[str, ...]) -> A
             value = getattr(holder, name, None)
             if value is not None:
                 return value
-    raise LookupError(f"{site.path} ({config.model_type}): no {' or '.join(names)} found")
+    raise UserError(
+        f"the config of model_type {config.model_type!r} gives no value for any of "
+        f"{', '.join(names)}, which its MoE layer {site.path} needs."
+    )
 
 
 def _value(site: MoESite, config: PretrainedConfig, value: Any) -> Any:
@@ -180,6 +186,9 @@ def _scaling(site: MoESite, rule: Rule | None, top_k: int) -> tuple[float, float
         next((float(getattr(m, n)) for n in table.SCALING_NAMES if hasattr(m, n)), 1.0)
         for m in (site.router, site.block)
     )
+    if site.shared and getattr(site.block, table.SHARED_STRATEGY_NAME, None) == "average":
+        block /= 2
+    # nllb_moe scales in the experts themselves by the share of tokens that training keeps.
     return router, block * (1 - float(getattr(site.experts, "moe_token_dropout", 0.0)))
 
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ from moekit.core.memory import PARTS
 # transformers names classes by what they are, so the class names on the way to a parameter say
 # whether it mixes tokens or channels.
 _ATTENTION = re.compile(r"Attention|Attn|Mamba|Mixer|DeltaNet|MLA$|MoA$|ShortConv|Indexer|KDA")
-_DENSE = re.compile(r"MLP|Mlp|FeedForward|FFN|LayerFF|DenseAct")
+_DENSE = re.compile(r"MLP|Mlp|FeedForward|FFN|LayerFF|DenseAct|MoE$|Moe$|MoeBlock$")
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,27 @@ class ParamCounts:
         return {part: getattr(self, part) for part in PARTS}
 
 
+@dataclass(frozen=True)
+class LayerShare:
+    """What a token uses of one layer's experts; `prefixes` begin the names of their tensors."""
+
+    top_k: int
+    params_per_expert: int
+    prefixes: tuple[str, ...]
+
+    def tensors(self, experts: nn.Module) -> list[nn.Parameter]:
+        return [p for name, p in experts.named_parameters() if name.startswith(self.prefixes)]
+
+
 def count_params(
     model: PreTrainedModel, sites: Sequence[MoESite], layers: Sequence[LayerShare]
 ) -> ParamCounts:
-    """Count `model`, whose MoE layers `sites` have the experts and choices of `layers`."""
+    """Count `model`, whose MoE layers `sites` share their experts as `layers` say."""
     part_of: dict[int, str] = {}
-    idle = 0.0
+    idle = 0
     for site, layer in zip(sites, layers, strict=True):
-        routed = _claim(part_of, "routed", layer.tensors(site.experts))
-        idle += routed * (1 - layer.top_k / layer.num_experts)
+        if routed := _claim(part_of, "routed", layer.tensors(site.experts)):
+            idle += routed - layer.top_k * layer.params_per_expert
         for _, module in site.shared:
             _claim(part_of, "shared", list(module.parameters()))
         if site.router is not None:
@@ -76,7 +89,7 @@ def count_params(
     for name, parameter in model.named_parameters():
         sizes[part_of.get(id(parameter)) or _part_by_class(name, classes)] += parameter.numel()
     total = sum(sizes.values())
-    active = total - round(idle + _idle_attention(model))
+    active = total - idle - _idle_attention(model)
     return ParamCounts(
         total=total,
         active=active,
@@ -84,18 +97,6 @@ def count_params(
         buffers=_persistent_buffers(model),
         **{part: sizes[part] for part in PARTS},
     )
-
-
-@dataclass(frozen=True)
-class LayerShare:
-    """How many experts of a layer a token uses, and the name prefixes of the experts' tensors."""
-
-    num_experts: int
-    top_k: int
-    prefixes: tuple[str, ...] = ("",)
-
-    def tensors(self, experts: nn.Module) -> list[nn.Parameter]:
-        return [p for name, p in experts.named_parameters() if name.startswith(self.prefixes)]
 
 
 def _claim(part_of: dict[int, str], part: str, parameters: Sequence[nn.Parameter]) -> int:
@@ -118,14 +119,15 @@ def _part_by_class(name: str, classes: dict[str, str]) -> str:
     return "other"
 
 
-def _idle_attention(model: nn.Module) -> float:
-    idle = 0.0
+def _idle_attention(model: nn.Module) -> int:
+    idle = 0
     for module in model.modules():
         prefixes = SPARSE_ATTENTION.get(type(module).__name__)
         if prefixes is not None:
-            share = LayerShare(module.num_experts, module.top_k, prefixes)
-            routed = sum(p.numel() for p in share.tensors(module))
-            idle += routed * (1 - share.top_k / share.num_experts)
+            tensors = LayerShare(0, 0, prefixes).tensors(module)
+            attention: Any = module
+            unused = attention.num_experts - attention.top_k
+            idle += unused * sum(p.numel() // len(p) for p in tensors)
     return idle
 
 

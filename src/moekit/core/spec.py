@@ -133,7 +133,7 @@ def spec_of(model: PreTrainedModel, config: PretrainedConfig | None = None) -> M
 
 
 def _share(site: MoESite, layer: LayerSpec) -> LayerShare:
-    return LayerShare(layer.num_experts, layer.top_k, expert_tensors(site))
+    return LayerShare(layer.top_k, layer.params_per_expert, expert_tensors(site))
 
 
 def _num_layers(text: PretrainedConfig, sites: list[MoESite]) -> int:
