@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moekit.core.load import LoadedModel
 
 ModelArgument = Annotated[
     str,
@@ -158,6 +161,19 @@ def set_up(seed: int, threads: int | None = None) -> None:
     set_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> LoadedModel:
+    """Seed, set threads, and load a model that has a tokenizer; UserError if it has none."""
+    from moekit.core.load import load, resolve_model
+
+    # Before the heavy imports, so that a wrong path is reported at once.
+    resolve_model(source)
+    set_up(seed, threads)
+    loaded = load(source, None if dtype is Dtype.auto else dtype.value)
+    if loaded.tokenizer is None:
+        raise UserError(f"{source} has no tokenizer, so it cannot read text")
+    return loaded
 
 
 def _plain(value: Any) -> Any:

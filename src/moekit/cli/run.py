@@ -18,8 +18,8 @@ from moekit.cli.common import (
     SeedOption,
     ThreadsOption,
     note,
+    open_model,
     output,
-    set_up,
 )
 from moekit.core.errors import UserError
 
@@ -76,13 +76,7 @@ def run(
     sampling = _sampling(do_sample, temperature, top_p, top_k, repetition_penalty, num_beams)
     with output(as_json) as out:
         text = _read_prompt(prompt, file, as_json)
-
-        from moekit.core.load import load
-
-        set_up(seed, threads)
-        loaded = load(model, None if dtype is Dtype.auto else dtype.value)
-        if loaded.tokenizer is None:
-            raise UserError(f"{model} has no tokenizer, so it cannot read a prompt")
+        loaded = open_model(model, dtype, seed, threads)
         if text is None:
             _converse(loaded, chat, max_new_tokens, sampling)
         else:
