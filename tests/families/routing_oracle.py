@@ -5,10 +5,14 @@ Shapes: T tokens, C choices, K chosen, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.core.layer import MoELayer
 from moekit.core.layer_spec import LayerSpec
 
 SCORES = {
@@ -49,6 +53,36 @@ def claimed_weights(
     if spec.has_expert_scale:
         weights = weights * expert_scale[ids]
     return torch.zeros_like(logits).scatter(-1, ids, weights * spec.scaling)
+
+
+def claimed_weights_of(
+    spec: LayerSpec,
+    layer: MoELayer,
+    hidden: Tensor,
+    logits: Tensor,
+    context: dict[str, Tensor],
+    banned: Sequence[int] = (),
+) -> Tensor:
+    """Weights [T, C] of `layer` for its router's input hidden [T, D], logits [T, C] and context.
+
+    Banned choices take no part: their logits and choice scores are -inf.
+    """
+    router = layer.router
+    bias = layer.correction_bias
+    if banned:
+        logits = logits.index_fill(-1, torch.tensor(banned), float("-inf"))
+    if banned and bias is not None:
+        bias = bias.index_fill(-1, torch.tensor(banned), float("-inf"))
+    extra: dict[str, Any] = {"bias": bias}
+    if spec.selection == "hash":
+        extra["hash_ids"] = router.tid2eid[context["input_ids"].reshape(-1)]
+    if spec.normalizes_with_shared:
+        extra["shared_logits"] = hidden @ layer.router_weight[spec.num_experts :].T
+    if spec.has_expert_scale:
+        extra["expert_scale"] = router.per_expert_scale
+    if spec.score == "sparsemixer":
+        extra["jitter"] = router.router_jitter_noise
+    return claimed_weights(spec, logits.float(), **extra)
 
 
 def _limit_to_groups(choice: Tensor, spec: LayerSpec) -> Tensor:

@@ -363,6 +363,6 @@ ROWS: dict[str, Row] = {
 }
 
 SKIP: dict[str, str] = {
-    "vitpose_backbone": "an image encoder without input_ids, whose caller and not a router picks "
-    "the expert",
+    "vitpose_backbone": "an image encoder: pixels in, feature maps and no logits out, and the "
+    "caller names the expert of an image, so there is no routing to compare",
 }

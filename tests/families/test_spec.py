@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import VitPoseBackbone, VitPoseBackboneConfig
 
 from moekit.core.family_table import RULES
 from moekit.core.layer import MoELayer
@@ -14,7 +15,7 @@ from moekit.core.layer_spec import LayerSpec
 from moekit.core.routing_rule import Routing
 from moekit.core.spec import spec_from_config
 from moekit.core.view import MoEView
-from tests.families.routing_oracle import claimed_weights
+from tests.families.routing_oracle import claimed_weights_of
 from tests.families.scan import UNDECORATED, decorated_families
 from tests.families.tiny import SKIP, TINY, build_tiny
 
@@ -97,6 +98,21 @@ def test_output_scaling_equals_the_block(family: str):
     )
 
 
+def test_vitpose_backbone():
+    config = VitPoseBackboneConfig(
+        num_experts=4, num_hidden_layers=2, hidden_size=24, part_features=8
+    )
+    spec = spec_from_config(config)
+    model = VitPoseBackbone(config)
+    assert spec.total_params == sum(p.numel() for p in model.parameters())
+    assert (spec.num_experts, spec.top_k, spec.moe_layers) == (4, 1, (0, 1))
+    layer = spec.per_layer[0]
+    assert (layer.score, layer.selection) == ("none", "caller")
+    # The experts are linear maps from the block's inner width, with a bias, to their features.
+    assert (layer.expert_width, layer.hidden_size) == (4 * 24, 8)
+    assert layer.params_per_expert == 4 * 24 * 8 + 8
+
+
 def test_nllb_moe_scales_inside_its_experts():
     claimed = spec_from_config(TINY["nllb_moe"]()).per_layer[-1]
     layer = MoEView(build_tiny("nllb_moe"))[-1]
@@ -123,7 +139,7 @@ def _check_rules(family: str, config: Any) -> None:
         hidden, context = _router_inputs(claimed, layer)
         with torch.no_grad():
             routing = layer.route(hidden, **context)
-            expected = _claim(claimed, layer, hidden, routing.logits, context)
+            expected = claimed_weights_of(claimed, layer, hidden, routing.logits, context)
             weights = _dense_weights(family, layer, hidden, routing)
         experts = slice(0, claimed.num_experts)
         # float32 sums of a few terms in another order
@@ -161,27 +177,6 @@ def _router_inputs(claimed: LayerSpec, layer: MoELayer) -> tuple[Tensor, dict[st
     hidden = torch.randn(TOKENS, layer.router_width, generator=generator)
     ids = torch.randint(0, 128, (TOKENS,), generator=generator)
     return hidden, {"input_ids": ids} if claimed.selection == "hash" else {}
-
-
-def _claim(
-    claimed: LayerSpec,
-    layer: MoELayer,
-    hidden: Tensor,
-    logits: Tensor,
-    context: dict[str, Tensor],
-) -> Tensor:
-    router = layer.router
-    extra: dict[str, Any] = {"bias": layer.correction_bias}
-    if claimed.selection == "hash":
-        extra["hash_ids"] = router.tid2eid[context["input_ids"]]
-    if claimed.normalizes_with_shared:
-        shared = layer.router_weight[claimed.num_experts :]
-        extra["shared_logits"] = hidden @ shared.T
-    if claimed.has_expert_scale:
-        extra["expert_scale"] = router.per_expert_scale
-    if claimed.score == "sparsemixer":
-        extra["jitter"] = router.router_jitter_noise
-    return claimed_weights(claimed, logits.float(), **extra)
 
 
 def _persistent_elements(model: nn.Module) -> int:

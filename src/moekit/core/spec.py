@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moekit.core.architecture import meta_model, read_config
@@ -142,6 +141,8 @@ def _num_layers(text: PretrainedConfig, sites: list[MoESite]) -> int:
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    tables: list[nn.Module | None] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = [getattr(table, "weight", None) for table in tables]
-    return weights[0] is not None and weights[0] is weights[1]
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    table = model.get_input_embeddings()
+    return getattr(head, "weight", None) is getattr(table, "weight", head)
