@@ -1,0 +1,190 @@
+"""`moekit trace`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moekit.cli.common import (
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    OutOption,
+    Output,
+    SeedOption,
+    ThreadsOption,
+    check_out,
+    open_model,
+    output,
+    progress,
+)
+from moekit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moekit.core.collect import Batch
+    from moekit.core.trace import RoutingTrace
+    from moekit.evaluate.text import Sample
+
+DEFAULT_SEQ_LEN = 512
+
+
+def trace(
+    model: ModelArgument,
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help='JSONL with "text", plain text, directories of both, or - for standard input. '
+            "The domain is the file name up to its first dot.",
+        ),
+    ],
+    out: OutOption,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut documents into sequences of so many tokens; 512 by default, or what the "
+            "context holds.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read so many tokens, an equal share from each domain."),
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(min=1, help="Continue every sequence by so many tokens and record them too."),
+    ] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw the tokens of --generate.")
+    ] = False,
+    logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
+    dtype: DtypeOption = Dtype.auto,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Record what the routers choose on a text."""
+    with output(as_json) as printed:
+        check_out(out)
+        from moekit.evaluate.text import read_texts
+
+        texts = read_texts(data)
+        loaded = open_model(model, dtype, seed, threads)
+
+        from moekit.core.collect import collect, pad_batches
+        from moekit.core.trace_writer import TraceWriter
+        from moekit.core.view import MoEView
+
+        length = _sequence_length(loaded.model, seq_len, generate)
+        sequences = list(_sequences(loaded.tokenizer, texts, length, max_tokens))
+        metadata = {"model": model, "seq_len": length, "seed": seed, "dtype": str(dtype)}
+        writer = TraceWriter(out, logits=logits, metadata=metadata)
+        batches = pad_batches(sequences, batch_size, side="left" if generate else "right")
+        options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
+        start = time.perf_counter()
+        try:
+            with progress("trace", "sequences") as update:
+                batches = _counted(batches, len(sequences), update)
+                collect(MoEView(loaded.model), batches, [writer], logits=logits, generate=options)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"interrupted: {out} was not written; run the command again, or remove "
+                f"{out}.partial"
+            ) from error
+        _report(printed, out, writer.trace, time.perf_counter() - start)
+
+
+def _sequence_length(model: Any, asked: int | None, generate: int | None) -> int:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    extra = generate or 0
+    if not isinstance(context, int):
+        return asked or DEFAULT_SEQ_LEN
+    if extra >= context:
+        raise UserError(f"--generate {extra} leaves no room in the model's context of {context}")
+    if asked is not None and asked + extra > context:
+        raise UserError(
+            f"--seq-len {asked} and --generate {extra} need {asked + extra} positions; the model's "
+            f"context is {context}: use --seq-len {context - extra} or less"
+        )
+    return asked or min(DEFAULT_SEQ_LEN, context - extra)
+
+
+def _sequences(
+    tokenizer: Any, texts: list[Sample], length: int, max_tokens: int | None
+) -> Iterator[tuple[list[int], str]]:
+    """Documents as (token ids, domain), cut to `length` and to each domain's share."""
+    domains = dict.fromkeys(sample.domain for sample in texts)
+    share = None if max_tokens is None else max(1, max_tokens // len(domains))
+    left: dict[str, float] = dict.fromkeys(domains, float("inf") if share is None else share)
+    for sample in texts:
+        if left[sample.domain] <= 0:
+            continue
+        ids = tokenizer(sample.text, verbose=False)["input_ids"]
+        ids = ids[: int(min(len(ids), left[sample.domain]))]
+        left[sample.domain] -= len(ids)
+        for start in range(0, len(ids), length):
+            yield ids[start : start + length], sample.domain
+
+
+def _counted(batches: Iterable[Batch], total: int, update: Any) -> Iterator[Batch]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch.ids)
+        update(done, total)
+
+
+def _report(printed: Output, out: Path, trace: RoutingTrace, seconds: float) -> None:
+    from moekit.core.trace import DECODE
+
+    decoded = int((trace.phase == DECODE).sum())
+    layers = [_load(trace, position) for position in range(len(trace.layers))]
+    printed.line(
+        f"{out}: {len(trace)} tokens ({decoded} decoded) of {len(trace.samples)} sequences in "
+        f"{len(trace.domains)} domains, {len(trace.layers)} MoE layers"
+    )
+    printed.table(
+        [
+            (row["layer"], row["num_experts"], f"{row['imbalance']:.2f}", row["dead"])
+            for row in layers
+        ],
+        header=("layer", "experts", "max/mean load", "never chosen"),
+    )
+    printed.result(
+        {
+            "out": str(out),
+            "tokens": len(trace),
+            "decoded": decoded,
+            "sequences": len(trace.samples),
+            "domains": trace.domains,
+            "seconds": seconds,
+            "layers": layers,
+        }
+    )
+
+
+def _load(trace: RoutingTrace, position: int) -> dict[str, int | float]:
+    """Load of one layer: the busiest expert over the mean, and experts never chosen."""
+    import torch
+
+    layer = trace.layers[position]
+    counts = torch.zeros(layer.num_choices, dtype=torch.long)
+    for start, stop in trace.spans():
+        ids = trace.layer(position, start, stop).topk_ids.flatten()
+        counts += torch.bincount(ids[ids >= 0], minlength=layer.num_choices)
+    # Choices beyond the experts have no weights: nothing runs there, so they carry no load.
+    counts = counts[: layer.num_experts]
+    mean = counts.double().mean()
+    return {
+        "layer": layer.index,
+        "num_experts": layer.num_experts,
+        "imbalance": float(counts.max() / mean) if mean else 0.0,
+        "dead": int((counts == 0).sum()),
+    }
