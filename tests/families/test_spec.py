@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -46,6 +47,7 @@ def test_counts_equal_the_built_model(family: str):
     assert params.active < params.total
     assert params.active_no_embedding == params.active - params.embedding
     assert spec.architecture == type(model).__name__
+    assert json.loads(spec.to_json())["params"]["total"] == params.total
 
 
 @pytest.mark.parametrize("family", TINY)
