@@ -108,9 +108,7 @@ def describe_layer(site: MoESite, config: PretrainedConfig) -> LayerSpec:
 
 def family_of(site: MoESite) -> str:
     """The folder of `transformers.models` whose code the layer runs, "" for any other code."""
-    parts = type(site.router if site.router is not None else site.block).__module__.split(".")
-    if parts == ["torch", "nn", "modules", "linear"]:
-        parts = type(site.block).__module__.split(".")
+    parts = type(site.block).__module__.split(".")
     return parts[2] if parts[:2] == ["transformers", "models"] else ""
 
 
