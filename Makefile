@@ -14,7 +14,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PIP_TORCH_ARGS ?= --index-url $(TORCH_INDEX) --retries 0
+PIP_TORCH_ARGS ?= --index-url $(TORCH_INDEX) --retries 1
 
 .PHONY: run test test-all lint format index clean
 

@@ -1,4 +1,4 @@
-"""`python -m moekit`."""
+"""`python -m moekit`, which torchrun needs."""
 
 from moekit.cli.main import entry
 

@@ -1,6 +1,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors import SafetensorError
 
 import moekit.core.trace_files
 from moekit.core.load import load
+from moekit.core.record import RunRecord
 from moekit.core.trace import DECODE, RoutingTrace
 from moekit.core.view import MoEView
 
@@ -37,6 +39,10 @@ def test_trace_is_what_the_seam_saw(moekit, tiny, loaded, data, tmp_path):
     assert result["tokens"] == len(trace)
     assert result["domains"] == trace.domains == ["de", "en"]
     assert max(sample.stop - sample.start for sample in trace.samples) == 16
+    record = RunRecord.load(tmp_path / "t")
+    assert record.options["seq_len"] == 16
+    assert [Path(file.name).name for file in record.inputs] == ["de.jsonl", "en.jsonl"]
+    assert record.metrics["layers"] == result["layers"]
     with MoEView(loaded.model).trace() as expected:
         loaded.model(input_ids=torch.tensor([ids["de"][:16]]))
     for position in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,16 +78,30 @@ def trace(
         loaded = open_model(model, dtype, seed, threads)
 
         from moekit.core.collect import collect, pad_batches
+        from moekit.core.record import FileHash, start_record
         from moekit.core.trace_writer import TraceWriter
         from moekit.core.view import MoEView
 
         length = _sequence_length(loaded.model, seq_len, generate)
         sequences = list(_sequences(loaded.tokenizer, texts, length, max_tokens))
-        metadata = {"model": model, "seq_len": length, "seed": seed, "dtype": str(dtype)}
-        writer = TraceWriter(out, logits=logits, metadata=metadata)
+        settings = {
+            "model": model,
+            "data": data,
+            "seq_len": length,
+            "max_tokens": max_tokens,
+            "generate": generate,
+            "do_sample": do_sample,
+            "logits": logits,
+            "batch_size": batch_size,
+            "dtype": str(dtype),
+            "threads": threads,
+        }
+        record = start_record(
+            "trace", settings, seed=seed, inputs=[path for path in data if path != "-"]
+        )
+        writer = TraceWriter(out, logits=logits, metadata={**settings, "seed": seed})
         batches = pad_batches(sequences, batch_size, side="left" if generate else "right")
         options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
-        start = time.perf_counter()
         try:
             with progress("trace", "sequences") as update:
                 batches = _counted(batches, len(sequences), update)
@@ -98,7 +111,10 @@ def trace(
                 f"interrupted: {out} was not written; run the command again, or remove "
                 f"{out}.partial"
             ) from error
-        _report(printed, out, writer.trace, time.perf_counter() - start)
+        layers = [_load(writer.trace, position) for position in range(len(writer.trace.layers))]
+        files = [FileHash.of(file, file.name) for file in sorted(out.iterdir())]
+        record.finish({"tokens": len(writer.trace), "layers": layers}, files).save(out)
+        _report(printed, out, writer.trace, layers, record.seconds)
 
 
 def _sequence_length(model: Any, asked: int | None, generate: int | None) -> int:
@@ -141,11 +157,16 @@ def _counted(batches: Iterable[Batch], total: int, update: Any) -> Iterator[Batc
         update(done, total)
 
 
-def _report(printed: Output, out: Path, trace: RoutingTrace, seconds: float) -> None:
+def _report(
+    printed: Output,
+    out: Path,
+    trace: RoutingTrace,
+    layers: list[dict[str, int | float]],
+    seconds: float,
+) -> None:
     from moekit.core.trace import DECODE
 
     decoded = int((trace.phase == DECODE).sum())
-    layers = [_load(trace, position) for position in range(len(trace.layers))]
     printed.line(
         f"{out}: {len(trace)} tokens ({decoded} decoded) of {len(trace.samples)} sequences in "
         f"{len(trace.domains)} domains, {len(trace.layers)} MoE layers"
