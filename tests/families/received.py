@@ -49,7 +49,7 @@ def _jetmoe(layer: MoELayer, args: tuple, call: SeamCall) -> None:
     assert call.ids.flatten().bincount(minlength=layer.num_experts).tolist() == counts
     for e, given in enumerate(rows.split(counts)):
         expected = call.hidden[(call.ids == e).any(dim=-1)]
-        assert torch.equal(_sorted_rows(expected), _sorted_rows(given))
+        assert sorted(expected.tolist()) == sorted(given.tolist())
 
 
 def _doge(layer: MoELayer, args: tuple, call: SeamCall) -> None:
@@ -59,10 +59,6 @@ def _doge(layer: MoELayer, args: tuple, call: SeamCall) -> None:
 def _dense(call: SeamCall, layer: MoELayer) -> Tensor:
     weights = torch.zeros(len(call.ids), layer.num_experts + 1, dtype=call.weights.dtype)
     return weights.scatter(1, call.ids % (layer.num_experts + 1), call.weights)[:, :-1]
-
-
-def _sorted_rows(rows: Tensor) -> Tensor:
-    return rows[rows[:, 0].argsort()]
 
 
 # The computing module below the block, and the check of what it got; elsewhere it is the seam.
