@@ -53,7 +53,8 @@ def read_config(source: PretrainedConfig | Mapping[str, Any] | str | Path) -> Pr
             f"{transformers.__version__} does not know; {hint}. A newer transformers may know it."
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        # Infinity has a spelling of its own in the JSON that transformers writes.
+        return CONFIG_MAPPING[model_type].from_dict(PretrainedConfig._decode_special_floats(values))
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where} is not a valid {model_type} config: {reason}") from error

@@ -53,13 +53,13 @@ class ModelTensors:
     """A checkpoint in the names and shapes of the model.
 
     `tensors` by parameter name; `unused` are names in the checkpoint that the model class has no
-    place for (such as the layers of a multi-token prediction head); `converted` says whether any
-    tensor had to be built from others; `transforms` are the rules that matched.
+    place for (such as the layers of a multi-token prediction head); `layout` is the one of the
+    checkpoint; `transforms` are the rules that matched.
     """
 
     tensors: dict[str, Deferred]
     unused: list[str]
-    converted: bool
+    layout: str
     transforms: list[WeightTransform]
 
 
@@ -98,9 +98,14 @@ def to_model(tensors: Mapping[str, Deferred], model: PreTrainedModel) -> ModelTe
     return ModelTensors(
         tensors=found,
         unused=unused,
-        converted=any(isinstance(item, WeightConverter) for item in work.values()),
+        layout=PER_EXPERT if any(map(_joins_experts, work.values())) else FUSED,
         transforms=[item for item in transforms if item.was_used()],
     )
+
+
+def _joins_experts(item: WeightTransform) -> bool:
+    # A wildcard in a rule that builds a tensor stands for the number of an expert.
+    return isinstance(item, WeightConverter) and any(".*." in p for p in item.source_patterns)
 
 
 def _run(item: Any, target: str, model: PreTrainedModel) -> dict[str, Deferred]:
@@ -241,20 +246,3 @@ def layer_of(name: str, paths: Mapping[str, int]) -> int | None:
         if index is not None:
             return index
     return None
-
-
-def config_changes(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
-    """The fields of `config.json` that differ, nested as there."""
-    return _difference(before.to_dict(), after.to_dict())
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            if nested := _difference(old, value):
-                changes[key] = nested
-        elif value != old:
-            changes[key] = value
-    return changes

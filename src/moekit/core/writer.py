@@ -56,8 +56,21 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _is_checkpoint_directory(path: Path) -> bool:
-    return path.is_dir() and ((path / "config.json").is_file() or any(path.glob("*.safetensors")))
+def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise `UserError` for an output that exists and may not be replaced; touches nothing."""
+    path = Path(os.path.realpath(out))
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise UserError(f"{out} is a file; give the output directory another name.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; give another name or --overwrite to replace it.")
+    if not (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{out} holds no checkpoint, so --overwrite does not replace it; give another name."
+        )
 
 
 class CheckpointWriter:
@@ -132,24 +145,12 @@ class CheckpointWriter:
             f"{format_bytes(self.total_bytes)} are written. To begin anew, {self._discard_hint}."
         )
 
-    def check_target(self) -> None:
-        """Refuse an `out` that exists and may not be replaced; touches nothing."""
-        if not os.path.lexists(self.out):
-            return
-        if not self.out.is_dir():
-            raise UserError(f"{self.out} is a file; give the output directory another name.")
-        if not any(self.out.iterdir()):
-            return
-        if not self.overwrite:
-            raise UserError(f"{self.out} exists; give another name or --overwrite to replace it.")
-        if not _is_checkpoint_directory(self.out):
-            raise UserError(
-                f"{self.out} holds no checkpoint, so --overwrite does not replace it; "
-                "give another name."
-            )
+    def shard_paths(self) -> dict[str, Path]:
+        """Where each shard lies while it is being written, by its final name."""
+        return {shard.file: self._path(shard) for shard in self._shards}
 
     def __enter__(self) -> CheckpointWriter:
-        self.check_target()
+        check_output(self.out, self.overwrite)
         try:
             self._open_partial()
         except OSError as error:
@@ -341,7 +342,7 @@ class CheckpointWriter:
         self._skip_finished()
         if self._index < len(self._order):
             raise ValueError(f"{self._order[self._index]} is not written")
-        self.check_target()
+        check_output(self.out, self.overwrite)
         try:
             for shard in self._shards:
                 # A shard without a single byte of data has not been opened yet.

@@ -1,0 +1,273 @@
+"""`convert`: stream a checkpoint into another layout, number format or set of experts.
+
+Nothing is loaded: source tensors become `Deferred`s, the rules of transformers turn them into the
+model's parameters and back, and the writer pulls the result through memory piece by piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation, dot_natural_key
+
+from moekit.core.apply_plan import apply_plan
+from moekit.core.architecture import meta_model, read_config
+from moekit.core.checkpoint import Checkpoint, TensorInfo, read_json
+from moekit.core.deferred import Deferred
+from moekit.core.dequant import dequantize, quantization_of
+from moekit.core.errors import UserError
+from moekit.core.layout import (
+    FUSED,
+    LAYOUTS,
+    PER_EXPERT,
+    deferred_tensors,
+    to_model,
+    to_published,
+)
+from moekit.core.model_files import edited_config, side_files
+from moekit.core.plan import ExpertPlan
+from moekit.core.record import RECORD_FILE, FileHash, start_record
+from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Read plus write on one slow disk; only for the forecast of a dry run.
+ASSUMED_BYTES_PER_SECOND = 200e6
+
+
+@dataclass
+class Converted:
+    """What a conversion wrote, or in a dry run would write. Sizes in bytes of tensor data.
+
+    `source_layout` and `layout` are "fused" or "per-expert"; `experts` maps layers to the number of
+    experts (before, after) where a plan changed it; `notes` is what the user should know.
+    """
+
+    out: Path
+    source_layout: str
+    layout: str
+    tensors: int
+    bytes: int
+    source_bytes: int
+    shards: int
+    resumed_bytes: int = 0
+    seconds: float = 0.0
+    experts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Work:
+    """A prepared conversion: what to write, in order, and the config that goes with it."""
+
+    tensors: dict[str, Deferred]
+    config: dict[str, Any]
+    result: Converted
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str = FUSED,
+    plan: ExpertPlan | str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    restart: bool = False,
+    copy_code: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Converted:
+    """Write the checkpoint in directory `model` to directory `out` in constant memory.
+
+    `to` is "fused" (one bank per layer, the names of the model's parameters) or "per-expert" (what
+    `save_pretrained` writes by default, which for some families keeps banks). `plan` drops experts.
+    `dtype` casts as `from_pretrained(dtype=...)` would; without it every tensor keeps its own.
+    `copy_code` also copies Python files. `progress` gets (bytes written, all bytes), `note` lines
+    for the user. An interrupted conversion continues when called again with the same arguments.
+
+    Raises `UserError` for everything in the request, the checkpoint or the disk that stands in the
+    way, and before anything is written wherever that can be known before.
+    """
+    if to not in LAYOUTS:
+        raise UserError(f"--to {to!r} is no layout; there are {' and '.join(LAYOUTS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}.")
+    source, target = Path(model), Path(out)
+    _check_places(source, target)
+    check_output(target, overwrite)
+    if plan is not None and not isinstance(plan, ExpertPlan):
+        plan = ExpertPlan.load(plan)
+    options = {
+        "to": to,
+        "dtype": dtype,
+        "plan": None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
+        "copy_code": copy_code,
+    }
+    with Checkpoint(source) as checkpoint:
+        work = _prepare(checkpoint, to, plan, dtype, target)
+        copied, left_out = side_files(source, copy_code)
+        if left_out:
+            work.result.notes.append(f"Not copied: {', '.join(left_out)}.")
+        record = None if dry_run else start_record("convert", {"model": source, **options})
+        writer = CheckpointWriter(
+            target,
+            {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in work.tensors.items()},
+            identity={"model": str(source.resolve()), "files": _state(checkpoint), **options},
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            restart=restart,
+        )
+        work.result.shards = len(writer.shard_files)
+        if record is None:
+            moved = work.result.bytes + work.result.source_bytes
+            work.result.seconds = moved / ASSUMED_BYTES_PER_SECOND
+            return work.result
+        with writer:
+            work.result.resumed_bytes = writer.resumed_bytes
+            if writer.resumed_bytes and note is not None:
+                note(writer.resume_note())
+            _write_tensors(writer, work.tensors, progress)
+            for name, path in copied.items():
+                writer.write_file(name, path.read_bytes())
+            writer.write_file("config.json", json.dumps(work.config, indent=2) + "\n")
+            record.inputs = [FileHash.of(path) for path in checkpoint.files]
+            record.finish(
+                {"bytes": work.result.bytes, "tensors": work.result.tensors},
+                [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
+            )
+            writer.write_file(RECORD_FILE, record.to_json())
+            writer.commit()
+    work.result.seconds = record.seconds
+    if note is not None:
+        for line in work.result.notes:
+            note(line)
+    return work.result
+
+
+def _check_places(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        raise UserError(f"{source} is no directory with a model.")
+    inner, outer = target.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise UserError(f"{target} overlaps the model at {source}; give another output directory.")
+
+
+def _state(checkpoint: Checkpoint) -> str:
+    """Changes when the source does: names, sizes and times of its files."""
+    files = [*checkpoint.files, checkpoint.directory / "config.json"]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def _write_tensors(
+    writer: CheckpointWriter,
+    tensors: Mapping[str, Deferred],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    for name, first in writer.pending():
+        for row, piece in tensors[name].pieces(first):
+            writer.write_rows(name, row, piece)
+            if progress is not None:
+                progress(writer.written_bytes, writer.total_bytes)
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    to: str,
+    plan: ExpertPlan | None,
+    dtype: str | None,
+    target: Path,
+) -> _Work:
+    raw = read_json(checkpoint.directory / "config.json")
+    config = original = read_config(checkpoint.directory)
+    quantization = quantization_of(raw)
+    stored = deferred_tensors(checkpoint)
+    notes: list[str] = []
+    if quantization is not None:
+        stored = dequantize(stored, quantization)
+        # Decoded values are float32 in memory only; without --dtype the config's own is written.
+        dtype = dtype or str(config.dtype or torch.bfloat16).removeprefix("torch.")
+        notes.append(f"Dequantised from {quantization['quant_method']} to {dtype}.")
+    with _default_dtype(dtype):
+        model = meta_model(config)
+        mapped = to_model(stored, model)
+        tensors, experts = mapped.tensors, {}
+        if plan is not None:
+            applied = apply_plan(plan, config, model, tensors)
+            config, model, tensors = applied.config, applied.model, applied.tensors
+            experts = applied.experts
+    unused = {name: stored[name] for name in mapped.unused}
+    if dtype is not None:
+        tensors, unused = _cast(tensors, unused, model, DTYPES[dtype])
+    if to == PER_EXPERT:
+        tensors = to_published(tensors, model, mapped.transforms)
+    if unused and experts:
+        # Their number of experts would contradict the config.
+        notes.append(f"Left out {len(unused)} tensors that {type(model).__name__} does not use.")
+    else:
+        tensors = {**unused, **tensors}
+    # What was written must be found again, in name and shape, by the class that will load it.
+    layout = to_model(tensors, model).layout
+    if layout != to:
+        notes.append(f"{config.model_type} is published with fused banks; it has no other layout.")
+    result = Converted(
+        out=target,
+        source_layout=mapped.layout,
+        layout=layout,
+        tensors=len(tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        source_bytes=checkpoint.nbytes,
+        shards=0,
+        experts=experts,
+        notes=notes,
+    )
+    ordered = {name: tensors[name] for name in sorted(tensors, key=dot_natural_key)}
+    return _Work(ordered, edited_config(raw, original, config, dtype), result)
+
+
+@contextmanager
+def _default_dtype(dtype: str | None) -> Iterator[None]:
+    """Parameters that a class creates without naming a dtype get this one, as when loading."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype] if dtype is not None else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast(
+    tensors: Mapping[str, Deferred],
+    unused: Mapping[str, Deferred],
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Deferred], dict[str, Deferred]]:
+    """Cast as `from_pretrained(dtype=...)`: some modules and parameters insist on float32."""
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = model._get_dtype_plan(dtype)
+    if kept:
+        pattern, group_of, _ = build_glob_alternation(list(kept))
+        for name in wanted:
+            if match := pattern.search(name):
+                wanted[name] = kept[group_of[match.lastgroup or ""]]
+    cast = {name: _to(tensor, wanted.get(name, dtype)) for name, tensor in tensors.items()}
+    return cast, {
+        name: _to(tensor, dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in unused.items()
+    }
+
+
+def _to(tensor: Deferred, dtype: torch.dtype) -> Any:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
