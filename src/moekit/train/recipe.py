@@ -1,0 +1,221 @@
+"""The settings of a training run, read from YAML and checked before anything is allocated."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moekit.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which files, and how often each domain is seen: `weights`, or tokens ** `exponent`."""
+
+    train: str = "*.train.jsonl"
+    valid: str = "*.valid.jsonl"
+    weights: dict[str, float] | None = None
+    exponent: float = 0.7
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """A new byte-level BPE of `vocab_size` entries, or an existing one at `path`."""
+
+    vocab_size: int = 8192
+    bytes_per_domain: int = 1_300_000
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """AdamW for every parameter, or Muon for weight matrices and AdamW for the rest.
+
+    `lr` is AdamW's, `embedding_lr` that of the token embedding and `muon_lr` Muon's. The rate
+    rises over `warmup_steps`, stays, and falls linearly to `final_lr` (a fraction) over the last
+    `decay` fraction of the run.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    embedding_lr: float = 4e-3
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup_steps: int = 100
+    decay: float = 0.4
+    final_lr: float = 0.02
+
+
+@dataclass(frozen=True)
+class BalanceRecipe:
+    """How the router is kept balanced.
+
+    `rule`: "family" (what the family itself does), "loss", "bias" or "none". `coefficient` scales
+    the balance loss, `z_loss` the squared log-sum-exp of the router logits, `bias_rate` the step
+    of the loss-free bias (DeepSeek-V3, arXiv 2412.19437).
+    """
+
+    rule: str = "family"
+    coefficient: float | None = None
+    z_loss: float = 0.0
+    bias_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Length and pace of the run, in tokens, windows and steps.
+
+    `batch_windows` windows of `seq_len` tokens make an optimiser step over all processes;
+    `micro_windows` of them go through the model at a time.
+    """
+
+    tokens: int = 1_000_000
+    seq_len: int = 512
+    batch_windows: int = 16
+    micro_windows: int = 8
+    seed: int = 0
+    precision: str = "bf16"
+    attention: str = "sdpa"
+    experts: str = "grouped"
+    compile: bool = False
+    init_std: float | None = None
+    zero_output: bool = True
+    log_every: int = 10
+    eval_every: int = 500
+    eval_bytes: int = 20_000
+    checkpoint_every: int = 200
+    probe_at: tuple[int, ...] = ()
+    probe_bytes: int = 4_000
+    eval_context: int = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. `model` holds a transformers config's arguments and its `model_type`."""
+
+    name: str
+    model: dict[str, Any]
+    data: DataRecipe = field(default_factory=DataRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    balance: BalanceRecipe = field(default_factory=BalanceRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the tokens asked for, rounded up to whole steps."""
+        return -(-self.train.tokens // (self.train.batch_windows * self.train.seq_len))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_CHOICES = {
+    ("optim", "name"): ("adamw", "muon"),
+    ("balance", "rule"): ("family", "loss", "bias", "none"),
+    ("train", "precision"): ("bf16", "fp32"),
+    ("train", "attention"): ("sdpa", "blocked", "eager"),
+    ("train", "experts"): ("grouped", "grouped_mm", "eager"),
+}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in YAML file `path`, with `section.key=value` overrides applied.
+
+    Raises UserError naming the field for anything unknown, of the wrong type or out of range.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path}: expected a mapping with name, model, data, train, ...")
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}: write it as section.key=value.")
+        target = raw
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UserError(f"--set {override}: '{parent}' is not a section.")
+        target[last] = yaml.safe_load(value)
+    return recipe_from_dict(raw)
+
+
+def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
+    """A checked `Recipe` from plain data."""
+    recipe = _build(Recipe, raw, "")
+    for (section, name), choices in _CHOICES.items():
+        value = getattr(getattr(recipe, section), name)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{section}.{name} is '{value}', not one of {choices}.{hint}")
+    train, optim = recipe.train, recipe.optim
+    for name in ("tokens", "seq_len", "batch_windows", "micro_windows", "log_every"):
+        if getattr(train, name) < 1:
+            raise UserError(f"train.{name} is {getattr(train, name)}; it must be at least 1.")
+    if train.batch_windows % train.micro_windows:
+        raise UserError(
+            f"train.batch_windows {train.batch_windows} is not a multiple of "
+            f"train.micro_windows {train.micro_windows}."
+        )
+    if not 0 <= optim.decay <= 1:
+        raise UserError(f"optim.decay is {optim.decay}; it is a fraction between 0 and 1.")
+    if "model_type" not in recipe.model:
+        raise UserError("model.model_type is missing; name a transformers family, e.g. qwen3_moe.")
+    limit = recipe.model.get("max_position_embeddings")
+    if limit is not None and train.seq_len > limit:
+        raise UserError(
+            f"train.seq_len {train.seq_len} exceeds model.max_position_embeddings {limit}."
+        )
+    return recipe
+
+
+def _build(cls, raw: Any, path: str):
+    if not isinstance(raw, dict):
+        raise UserError(f"{path or 'recipe'}: expected a section, got {raw!r}.")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else f" Known: {sorted(fields)}."
+            raise UserError(f"unknown field '{path}{key}'.{hint}")
+    values: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name not in raw:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise UserError(f"the recipe lacks '{path}{name}'.")
+            continue
+        value = raw[name]
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            values[name] = _build(item.type, value or {}, f"{path}{name}.")
+        else:
+            values[name] = _cast(value, item.type, f"{path}{name}")
+    return cls(**values)
+
+
+def _cast(value: Any, kind: Any, path: str) -> Any:
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    if kind == tuple[int, ...] and isinstance(value, (list, tuple)):
+        return tuple(int(part) for part in value)
+    if kind in (float, int, str, bool, tuple[int, ...]):
+        raise UserError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
+    if value is not None and kind in (float | None, int | None):
+        return float(value)
+    return value
