@@ -109,6 +109,25 @@ def test_get_then_set_is_the_identity(family: str):
         assert torch.equal(parameter, before[name]), name
 
 
+@families
+def test_expert_weights_are_in_canonical_orientation(family: str):
+    for layer in MoEView(model_of(family)):
+        expert = layer.get_expert(1)
+        assert expert.up is not None
+        hidden = torch.randn(5, expert.up.shape[1], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            up = _linear(hidden, expert.up, expert.up_bias)
+            if expert.gate is None:
+                inner = _activation(layer)(up)
+            else:
+                inner = _gated(layer, _linear(hidden, expert.gate, expert.gate_bias), up)
+            output = _linear(inner, expert.down, expert.down_bias)
+            if getattr(layer.experts, "has_post_expert_norm", False):
+                output = layer.experts.post_expert_norm(output)
+            # the same operations on contiguous copies of the matrices
+            torch.testing.assert_close(output, layer.run_expert(1, hidden), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @families
 def test_tracing_leaves_the_logits_bit_equal(family: str, dtype: torch.dtype):
@@ -187,6 +206,32 @@ def test_double_loop_reproduces_the_logits(family: str):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@families
+def test_changed_selection_runs_as_the_double_loop_does(family: str):
+    model = model_of(family)
+    inputs = inputs_of(family, model)
+    view = MoEView(model)
+    with view.transform_routing(_rotate, on="selection"):
+        logits = logits_of(model, inputs)
+        with view.use_backend("naive"):
+            expected = logits_of(model, inputs)
+    assert not torch.equal(expected, logits_of(model, inputs))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@families
+def test_unchanged_logits_change_nothing(family: str):
+    model = model_of(family)
+    inputs = inputs_of(family, model)
+    expected = logits_of(model, inputs)
+    with MoEView(model).transform_routing(lambda layer, logits, hidden: logits.clone()):
+        logits = logits_of(model, inputs)
+    if family == "doge":  # edited logits go through our own form of its block
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(logits, expected)
+
+
 @pytest.mark.parametrize("family", [f for f in TINY if f not in RUNS_EVERY_EXPERT])
 def test_banned_expert_never_runs(family: str):
     model = copy.deepcopy(model_of(family))
@@ -256,6 +301,36 @@ def test_contexts_leave_the_model_as_it_was_and_spare_its_twin(family: str):
         stacks[i].close()
     assert _surface(model) == before
     assert torch.equal(logits_of(model, inputs), expected)
+
+
+def _linear(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden @ matrix.T + (0 if bias is None else bias)
+
+
+def _activation(layer: MoELayer) -> Any:
+    first = layer.experts["expert_0"] if isinstance(layer.experts, nn.ModuleDict) else layer.experts
+    return next(getattr(first, n) for n in ("act_fn", "act") if hasattr(first, n))
+
+
+def _gated(layer: MoELayer, gate: Tensor, up: Tensor) -> Tensor:
+    experts = layer.experts
+    if hasattr(experts, "_apply_gate"):
+        if getattr(experts, "is_concatenated", True):
+            return experts._apply_gate(torch.cat([gate, up], dim=-1))
+        return experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+    names = ("act_fn", "activation", "activation_fn")
+    holder = getattr(experts, "mlp", experts)
+    return next(getattr(holder, n) for n in names if hasattr(holder, n))(gate) * up
+
+
+def _rotate(layer: MoELayer, routing: Routing, hidden: Tensor) -> Routing:
+    """Other experts, other weights, unused choices, and a token without any expert."""
+    ids = torch.where(routing.ids < 0, 0, (routing.ids + 1) % layer.num_experts)
+    weights = routing.weights / 2 + 0.1
+    if ids.shape[1] > 1:
+        ids[::2, -1] = -1
+    ids[0] = -1
+    return Routing(routing.logits, weights.masked_fill(ids < 0, 0), ids)
 
 
 def _halve(layer: MoELayer, routing: Routing, hidden: Tensor) -> Routing:
