@@ -121,9 +121,7 @@ class RoutingTrace:
             raise UserError(f"the trace has layers 0 to {len(self.layers) - 1}, not {position}.")
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
-            raise UserError(
-                f"the trace has {len(self)} tokens; {start} to {stop} is no range in it."
-            )
+            raise UserError(f"the trace has tokens 0 to {len(self)}, not {start} to {stop}.")
         return LayerRouting(
             self._read(f"ids.{position}", start, stop).long(),
             self._read(f"weights.{position}", start, stop),

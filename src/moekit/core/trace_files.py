@@ -220,9 +220,7 @@ def _checked(path: Path, name: str, size: int, header: TraceHeader) -> FileChunk
             names = file.keys()
             found = {key: tuple(file.get_slice(key).get_shape()) for key in names}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path / name} cannot be read; the trace is incomplete: {error}"
-        ) from error
+        raise UserError(f"{path / name} is missing or truncated: {error}") from error
     for key, width in header.widths().items():
         expected = (size,) if width is None else (size, width)
         if found.get(key) != expected:
