@@ -36,6 +36,7 @@ from moekit.core.layout import (
 from moekit.core.model_files import edited_config, side_files
 from moekit.core.plan import ExpertPlan
 from moekit.core.record import RECORD_FILE, FileHash, start_record
+from moekit.core.registry import register_preset
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,6 +155,25 @@ def convert(
         for line in work.result.notes:
             note(line)
     return work.result
+
+
+register_preset(
+    convert,
+    FUSED,
+    kind="converter",
+    title="One tensor for all experts of a layer, as the model holds them",
+    needs=("weights",),
+    settings={"to": FUSED},
+)
+register_preset(
+    convert,
+    PER_EXPERT,
+    kind="converter",
+    title="One tensor an expert and projection, as save_pretrained writes them",
+    needs=("weights",),
+    limits="Families that have no per-expert layout keep their banks.",
+    settings={"to": PER_EXPERT},
+)
 
 
 def _check_places(source: Path, target: Path) -> None:

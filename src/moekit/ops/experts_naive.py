@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekit.core.registry import register
+
 
 def run_expert(experts: Any, e: int, hidden: Tensor) -> Tensor:
     """Run expert `e` of a fused bank on hidden [n, D], without its routing weight.
@@ -48,6 +50,12 @@ def oriented(experts: Any, name: str, e: int) -> Tensor:
     return matrix.T if getattr(experts, "is_transposed", False) else matrix
 
 
+@register(
+    "backend",
+    "naive",
+    title="A double loop over tokens and choices: what every other backend is tested against",
+    limits="Slow.",
+)
 def naive_experts(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Compute sum_k weights[t, k] * expert(ids[t, k])(hidden[t]) of a fused bank; returns [T, D].
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.core.errors import UserError
+from moekit.core.registry import register
 
 from .recipe import BalanceRecipe
 
@@ -42,6 +43,13 @@ def family_balance(recipe: BalanceRecipe, config, has_bias: bool) -> Balance:
     return Balance(coefficient, recipe.bias_rate if rule == "bias" else 0.0, recipe.z_loss)
 
 
+@register(
+    "balance",
+    "balance-loss",
+    title="Auxiliary loss on the product of load and router probability",
+    paper="Switch Transformer, arXiv:2101.03961",
+    needs=("training",),
+)
 def balance_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     """Load-balancing loss of one layer (Switch, arXiv 2101.03961, for K choices).
 
@@ -53,6 +61,13 @@ def balance_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     return num_experts * (share * logits.float().softmax(-1).mean(0)).sum()
 
 
+@register(
+    "balance",
+    "z-loss",
+    title="Loss on the size of the router logits",
+    paper="ST-MoE, arXiv:2202.08906",
+    needs=("training",),
+)
 def z_loss(logits: Tensor) -> Tensor:
     """Mean squared log-sum-exp of router `logits` [T, E] (ST-MoE, arXiv 2202.08906)."""
     return logits.float().logsumexp(-1).square().mean()
@@ -65,6 +80,14 @@ def expert_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.float32))
 
 
+@register(
+    "balance",
+    "expert-bias",
+    title="Loss-free balancing by a bias that only affects the choice",
+    paper="Loss-free balancing, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437",
+    needs=("training",),
+    limits="Needs a family whose router has a correction bias.",
+)
 @torch.no_grad()
 def move_bias(biases: list[nn.Parameter | Tensor], counts: Tensor, rate: float) -> None:
     """Raise the correction bias of underloaded experts and lower the others' by `rate`.

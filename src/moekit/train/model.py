@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moekit.core.errors import UserError
 from moekit.core.find import find_moe
+from moekit.core.registry import register
 from moekit.ops import blocked_attention
 from moekit.ops.grouped import grouped_experts
 
@@ -16,6 +17,12 @@ from .recipe import Recipe
 GROUPED = "moekit_grouped"
 
 
+@register(
+    "backend",
+    GROUPED,
+    title="Two grouped matrix products a layer, rows padded so that CPU kernels are reused",
+    limits="Gated, concatenated banks without biases, not transposed; used in training.",
+)
 def _grouped_experts(module, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     return grouped_experts(
         hidden, topk_ids, topk_weights, module.gate_up_proj, module.down_proj, module._apply_gate
