@@ -200,6 +200,24 @@ def test_mask_and_phase_under_generate(view, model, inputs):
     assert torch.equal(calls[2].tokens.input_ids, out[:, -2])
 
 
+def test_mask_is_found_where_generate_passes_ready_made_ones(view, model, inputs):
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, :3] = 0
+    calls: list[SeamCall] = []
+    with view.observe(calls.append, layers=[0]):
+        model.generate(
+            inputs["input_ids"],
+            attention_mask=mask,
+            max_new_tokens=3,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation="static",
+        )
+    assert [call.phase for call in calls] == ["prefill", "decode", "decode"]
+    assert torch.equal(calls[0].mask, mask.flatten().bool())
+    assert all(call.mask.all() for call in calls[1:])
+
+
 def test_a_layer_called_alone_has_no_context(view, model, inputs):
     calls: list[SeamCall] = []
     with view.observe(calls.append, layers=[0]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,11 +21,16 @@ _forward_ids = itertools.count()
 
 @dataclass(eq=False)
 class RunningForward:
-    """The arguments of one forward that matter to a trace. B sequences of S tokens each."""
+    """The arguments of one forward that matter to a trace. B sequences of S tokens each.
+
+    `mask` [B, S] is the padding mask of these tokens. Where the forward got a ready-made attention
+    mask, `self_attending` [B, S] tells which tokens may see themselves, which padding may not.
+    """
 
     forward_id: int
     batch_shape: tuple[int, int] | None
     mask: Tensor | None
+    self_attending: Tensor | None
     input_ids: Tensor | None
     past_length: int
 
@@ -109,6 +115,7 @@ def token_context(scopes: list[tuple[nn.Module, Scope]], num_tokens: int) -> Tok
     token ids and the padding mask, so outer models are asked as long as their batch is the same.
     """
     context = TokenContext()
+    self_attending = None
     for _, scope in scopes:
         forward = scope.running[-1] if scope.running else None
         if forward is None or forward.batch_shape is None:
@@ -123,8 +130,11 @@ def token_context(scopes: list[tuple[nn.Module, Scope]], num_tokens: int) -> Tok
         if context.input_ids is None and forward.input_ids is not None:
             context.input_ids = forward.input_ids.reshape(-1)
         if context.mask is None and forward.mask is not None:
-            # With a cache the mask also covers the past; its last columns are this step's tokens.
-            context.mask = forward.mask[:, -length:].reshape(-1).bool()
+            context.mask = forward.mask.reshape(-1)
+        if self_attending is None and forward.self_attending is not None:
+            self_attending = forward.self_attending.reshape(-1)
+    if context.mask is None:
+        context.mask = self_attending
     return context
 
 
@@ -137,12 +147,26 @@ def _read(arguments: dict[str, Any], prefix: str, two_streams: bool) -> RunningF
             shape = (ids.shape[0], ids.shape[1])
         elif isinstance(embeds, Tensor) and embeds.dim() == 3:
             shape = (embeds.shape[0], embeds.shape[1])
+    past = _past_length(arguments)
     mask = arguments.get(f"{prefix}attention_mask")
-    if not (shape and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= shape[1]):
-        mask = None
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    padding, self_attending = None, None
+    if shape is not None and isinstance(mask, Tensor):
+        if mask.dim() == 2 and mask.shape[1] >= shape[1]:
+            # With a cache the mask also covers the past; its last columns are this step's tokens.
+            padding = mask[:, -shape[1] :].bool()
+        elif mask.dim() == 4 and mask.shape[-1] >= past + shape[1]:
+            self_attending = _diagonal(mask, past).expand(shape)
     return RunningForward(
-        next(_forward_ids), shape, mask, ids if shape else None, _past_length(arguments)
+        next(_forward_ids), shape, padding, self_attending, ids if shape else None, past
     )
+
+
+def _diagonal(mask: Tensor, past: int) -> Tensor:
+    """Return [B, S]: whether each of S tokens sees itself, in an attention mask [B, 1, S, L]."""
+    own = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0
 
 
 def _past_length(arguments: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +152,7 @@ class MoELayer:
 
     def _router_arguments(self, context: dict[str, Any]) -> dict[str, Any]:
         arguments = {}
-        for name, parameter in self.router_parameters()[1:]:
+        for name, parameter in self.router_parameters[1:]:
             if name in context:
                 arguments[name] = context[name]
             elif isinstance(getattr(self.block, name, None), Tensor):
@@ -162,6 +163,7 @@ class MoELayer:
                 )
         return arguments
 
+    @cached_property
     def router_parameters(self) -> list[tuple[str, inspect.Parameter]]:
         """The parameters of the router's forward, without self."""
         return list(inspect.signature(type(self.router).forward).parameters.items())[1:]
@@ -232,6 +234,8 @@ class MoELayer:
         self, forward: Callable[..., Any], args: tuple, kwargs: dict, port: LayerPort
     ) -> Any:
         """Run the experts' forward for the seam: translate the call and hand it to `dispatch`."""
-        names = list(inspect.signature(type(self.experts).forward).parameters)[1:]
-        hidden, ids, weights = (*args, *(kwargs[n] for n in names[len(args) :]))
+        if kwargs:
+            names = list(inspect.signature(type(self.experts).forward).parameters)[1:]
+            args = (*args, *(kwargs[name] for name in names[len(args) :]))
+        hidden, ids, weights = args
         return port.dispatch(hidden, ids, weights, forward)

@@ -124,7 +124,7 @@ class LayerPort:
         """Run the router's forward with its logits seen and edited, and keep what it returned."""
         if self.router_output is not None:
             return self.router_output
-        names = [name for name, _ in self.layer.router_parameters()]
+        names = [name for name, _ in self.layer.router_parameters]
         context = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = context.pop(names[0])
         logits = None
