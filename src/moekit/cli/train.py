@@ -71,6 +71,7 @@ def _train(
     """The run; None on every process but the main one."""
     import shutil
 
+    from moekit.core.record import start_record
     from moekit.train.distributed import join_world, leave_world
     from moekit.train.finish import finish
     from moekit.train.look import evaluate
@@ -81,6 +82,12 @@ def _train(
     if not data.is_dir():
         raise UserError(f"--data {data}: not a directory; give a folder of JSONL files.")
     world = join_world(device)
+    record = start_record(
+        "train",
+        {"recipe": settings.to_dict(), "data": str(data), "processes": world.size},
+        seed=settings.train.seed,
+        inputs=[data],
+    )
     partial = out.with_name(out.name + ".partial")
     try:
         if restart and world.is_main:
@@ -91,7 +98,7 @@ def _train(
         if not world.is_main:
             return None
         score = evaluate(run, None) if run.valid else {"mean": float("nan"), "by_domain": {}}
-        finish(run, out, score, last)
+        finish(run, out, score, last, record)
         return {"out": str(out), "last": last, "valid": score}
     except KeyboardInterrupt as stop:
         if world.is_main and partial.exists():

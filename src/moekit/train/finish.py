@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 from moekit.core.find import find_moe
+from moekit.core.record import FileHash, RunRecord
 
 from .run import Run
 
 
-def finish(run: Run, out: Path, score: dict[str, Any], last: dict[str, Any]) -> Path:
+def finish(
+    run: Run, out: Path, score: dict[str, Any], last: dict[str, Any], record: RunRecord
+) -> Path:
     """Write the model in bf16 with its tokenizer, card, log and probes, and rename it to `out`.
 
-    `score` is the evaluation on the whole validation text and `last` the last log entry. The
-    unfinished run's folder is removed only after `out` stands.
+    `score` is the evaluation on the whole validation text and `last` the last log entry; `record`
+    is completed and saved beside the weights. The unfinished run's folder is removed only after
+    `out` stands.
     """
     target = run.folder / "model"
     shutil.rmtree(target, ignore_errors=True)
@@ -35,6 +39,8 @@ def finish(run: Run, out: Path, score: dict[str, Any], last: dict[str, Any]) -> 
     if (run.folder / "probes").is_dir():
         shutil.copytree(run.folder / "probes", training / "probes")
     (target / "README.md").write_text(model_card(run, score, last), encoding="utf-8")
+    files = [FileHash.of(file, file.name) for file in sorted(target.iterdir()) if file.is_file()]
+    record.finish({"last": last, "valid": score}, files).save(target)
     for file in target.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:

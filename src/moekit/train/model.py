@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def _grouped_experts(module, hidden: Tensor, topk_ids: Tensor, topk_weights: Ten
     )
 
 
-def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> nn.Module:
+def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     """The recipe's model in fp32, freshly initialised from `train.seed`.
 
     Raises UserError for an unknown family or arguments that its config rejects.
@@ -123,27 +124,31 @@ class RouterTap:
         # Evaluation and probes pass through the same routers; only training steps count.
         if not module.training:
             return
+        experts = self.num_experts[len(self.logits)]
+        if output[0].shape[-1] != experts or output[2].is_floating_point():
+            raise UserError(
+                f"{type(module).__name__} does not return (logits, weights, ids); the trainer "
+                "cannot balance this family yet."
+            )
         self.logits.append(output[0])
         self.ids.append(output[2])
 
 
 def tap_routers(model: nn.Module) -> RouterTap:
     """Hook every router of `model`; a dense model gives a tap that stays empty."""
-    sites = find_moe(model)
     names = {id(param): name for name, param in model.named_parameters()}
-    counts, biases, routers, fused = [], [], set(), set()
-    for site in sites:
-        if site.router is None:
+    tap = RouterTap([], [], set(), set())
+    for site in find_moe(model):
+        router, experts = site.router, cast(Any, site.experts)
+        if router is None:
             raise UserError(f"{site.path}: no separate router module; cannot be trained here yet.")
-        counts.append(int(site.experts.num_experts))
-        bias = getattr(site.router, "e_score_correction_bias", None)
+        tap.num_experts.append(int(experts.num_experts))
+        bias = getattr(router, "e_score_correction_bias", None)
         if isinstance(bias, Tensor):
-            biases.append(bias)
-        routers |= {names[id(param)] for param in site.router.parameters()}
-        bank = getattr(site.experts, "gate_up_proj", None)
-        if bank is not None and site.experts.is_concatenated and not site.experts.is_transposed:
-            fused.add(names[id(bank)])
-    tap = RouterTap(counts, biases, routers, fused)
-    for site in sites:
-        site.router.register_forward_hook(tap._record)
+            tap.biases.append(bias)
+        tap.router_names |= {names[id(param)] for param in router.parameters()}
+        bank = getattr(experts, "gate_up_proj", None)
+        if bank is not None and experts.is_concatenated and not experts.is_transposed:
+            tap.fused_names.add(names[id(bank)])
+        router.register_forward_hook(tap._record)
     return tap

@@ -1,10 +1,11 @@
 """The settings of a training run, read from YAML and checked before anything is allocated."""
 
+import contextlib
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from moekit.core.errors import UserError
 
@@ -206,6 +207,10 @@ def _build(cls, raw: Any, path: str):
 
 
 def _cast(value: Any, kind: Any, path: str) -> Any:
+    if kind in (float, float | None) and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; nobody means one.
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -214,7 +219,8 @@ def _cast(value: Any, kind: Any, path: str) -> Any:
         return value
     if kind == tuple[int, ...] and isinstance(value, (list, tuple)):
         return tuple(int(part) for part in value)
-    if kind in (float, int, str, bool, tuple[int, ...]):
+    wrong = get_origin(kind) is dict and not isinstance(value, dict)
+    if wrong or kind in (float, int, str, bool, tuple[int, ...]):
         raise UserError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
     if value is not None and kind in (float | None, int | None):
         return float(value)

@@ -20,7 +20,7 @@ def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """Every tensor of the optimisers' state, named `<kind>|<parameter>`."""
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
