@@ -24,7 +24,7 @@ run: $(VENV)/.core
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
@@ -52,5 +52,9 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.all: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable ".[dev,eval]"
 	touch $@

@@ -49,9 +49,20 @@ def test_max_bytes_is_a_domain_limit(moekit, tiny, data):
     assert [loss["bytes"] for loss in result["per_domain"].values()] == [10, 10]
 
 
+def test_dry_run_counts(moekit, tiny, data):
+    plan = moekit("eval", tiny, data, "--dry-run", "--json").json
+    total = moekit("eval", tiny, data, "--json").json["total"]
+    assert (plan["documents"], plan["bytes"], plan["tokens"]) == (
+        3,
+        total["bytes"],
+        total["tokens"],
+    )
+
+
 def test_refusals(refused, tiny, data, tmp_path):
     assert "either DATA" in refused("eval", tiny)
     assert "either DATA" in refused("eval", tiny, data, "--tasks", "x")
+    assert "--dry-run forecasts DATA" in refused("eval", tiny, "--tasks", "x", "--dry-run")
     assert "no such file" in refused("eval", tiny, tmp_path / "nowhere.jsonl")
     assert "no text found" in refused("eval", tiny, tmp_path)
     assert "context 65 is longer" in refused("eval", tiny, data, "--context", 65)
@@ -77,7 +88,7 @@ metric_list:
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="the extra moekit[eval] is not installed")
+    pytest.importorskip("lm_eval", reason="moekit[eval] is not installed; `make test-all` does")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(json.dumps({"answer": answer}) for answer in (0, 1, 1, 1)))

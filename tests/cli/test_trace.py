@@ -74,6 +74,18 @@ def test_max_tokens_are_shared_between_domains(moekit, tiny, data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("extra", [(), ("--logits",), ("--generate", 4, "--seq-len", 16)])
+def test_dry_run_forecasts_bytes_and_writes_nothing(moekit, tiny, data, tmp_path, extra):
+    args = ("trace", tiny, data, "-o", tmp_path / "t", *extra)
+    plan = moekit(*args, "--dry-run", "--json").json
+    assert list(tmp_path.iterdir()) == []
+    assert plan["seconds"] >= 0
+    assert moekit(*args, "--json").json["tokens"] == plan["tokens"]
+    # Every sequence is in the first batch, so only the file's header is not forecast.
+    written = (tmp_path / "t" / "chunk-00000.safetensors").stat().st_size
+    assert plan["bytes"] < written < plan["bytes"] + 2000
+
+
 def test_summary(moekit, tiny, data, tmp_path):
     lines = moekit("trace", tiny, data, "-o", tmp_path / "t").out.splitlines()
     assert "2 sequences in 2 domains, 2 MoE layers" in lines[0]
@@ -88,6 +100,8 @@ def test_refusals(refused, tiny, data, tmp_path):
     assert "use --seq-len 60 or less" in refused(
         "trace", tiny, data, *out, "--seq-len", 61, "--generate", 4
     )
+    (tmp_path / "file").touch()
+    assert "is not a directory" in refused("trace", tiny, data, "-o", tmp_path / "file" / "t")
     assert "--generate 64 leaves no room" in refused("trace", tiny, data, *out, "--generate", 64)
     assert not (tmp_path / "t").exists()
 

@@ -42,6 +42,9 @@ NoSeedOption = Annotated[
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", help="Where to write; must not exist.", show_default=False)
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Forecast bytes and seconds from a small part, and stop.")
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads; torch's own choice by default."),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.cli.common import (
+    DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -22,7 +23,12 @@ from moekit.cli.common import (
 )
 from moekit.core.errors import UserError
 
+if TYPE_CHECKING:
+    from moekit.evaluate.text import Sample
+
 DEFAULT_CONTEXT = 512
+# A domain's share of the part that --dry-run measures.
+FORECAST_BYTES = 2000
 
 
 def evaluate(
@@ -61,6 +67,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before each question of a task.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task.")] = None,
+    dry_run: DryRunOption = False,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -74,48 +81,60 @@ def evaluate(
     """
     if bool(data) == bool(tasks):
         raise UserError("give either DATA, to measure bits per byte, or --tasks")
+    if tasks and dry_run:
+        raise UserError("--dry-run forecasts DATA only: lm-eval does not say how long a task takes")
     with output(as_json) as out:
         if tasks:
             options = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             _run_tasks(out, model, names, dtype, threads, seed, include_path, options)
         else:
-            window = {"context": context, "stride": stride, "batch_size": batch_size}
-            _measure_text(out, model, data or [], dtype, threads, seed, window, max_bytes)
+            from moekit.evaluate.text import limit_bytes_per_domain, read_texts
+
+            samples = read_texts(data or [])
+            if max_bytes is not None:
+                samples = limit_bytes_per_domain(samples, max_bytes)
+            loaded = open_model(model, dtype, seed, threads)
+            window = _window(loaded.model, context, stride)
+            if dry_run:
+                _forecast(out, loaded, samples, {**window, "batch_size": batch_size})
+            else:
+                _measure(out, model, loaded, samples, {**window, "batch_size": batch_size})
 
 
-def _measure_text(
-    out: Output,
-    model: str,
-    data: list[str],
-    dtype: Dtype,
-    threads: int | None,
-    seed: int,
-    window: dict[str, int | None],
-    max_bytes: int | None,
+def _window(model: Any, context: int | None, stride: int | None) -> dict[str, Any]:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    return {"context": context, "stride": stride or max(1, context // 2)}
+
+
+def _forecast(out: Output, loaded: Any, samples: list[Sample], window: dict[str, Any]) -> None:
+    from moekit.evaluate.bits_per_byte import bits_per_byte
+    from moekit.evaluate.text import limit_bytes_per_domain
+
+    few = limit_bytes_per_domain(samples, FORECAST_BYTES)
+    start = time.perf_counter()
+    part = bits_per_byte(loaded.model, loaded.tokenizer, few, **window).total
+    elapsed = time.perf_counter() - start
+    total = sum(len(sample.text.encode()) for sample in samples)
+    plan = {
+        "documents": len(samples),
+        "bytes": total,
+        "tokens": round(part.tokens * total / part.bytes),
+        "seconds": round(elapsed * total / part.bytes, 1),
+    }
+    out.table([(name, f"{value:,}") for name, value in plan.items()])
+    out.result(plan)
+
+
+def _measure(
+    out: Output, model: str, loaded: Any, samples: list[Sample], window: dict[str, Any]
 ) -> None:
-    from moekit.evaluate.text import read_texts
-
-    samples = read_texts(data)
-    loaded = open_model(model, dtype, seed, threads)
-
     from moekit.evaluate.bits_per_byte import bits_per_byte
 
-    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    context = window["context"] or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
-    stride = window["stride"] or max(1, context // 2)
     start = time.perf_counter()
     with progress("eval", "windows") as update:
-        result = bits_per_byte(
-            loaded.model,
-            loaded.tokenizer,
-            samples,
-            context=context,
-            stride=stride,
-            batch_size=window["batch_size"] or 1,
-            max_bytes_per_domain=max_bytes,
-            progress=update,
-        )
+        result = bits_per_byte(loaded.model, loaded.tokenizer, samples, **window, progress=update)
     losses = {**result.per_domain, "all text": result.total}
     rows = [
         (name, loss.bytes, loss.tokens, f"{loss.bpb:.4f}", f"{loss.perplexity:.2f}")
@@ -131,8 +150,7 @@ def _measure_text(
     out.result(
         {
             "model": model,
-            "context": context,
-            "stride": stride,
+            **window,
             "seconds": time.perf_counter() - start,
             **result.to_dict(),
         }

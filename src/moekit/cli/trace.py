@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moekit.cli.common import (
+    DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -27,6 +29,7 @@ from moekit.core.errors import UserError
 if TYPE_CHECKING:
     from moekit.core.collect import Batch
     from moekit.core.trace import RoutingTrace
+    from moekit.core.view import MoEView
     from moekit.evaluate.text import Sample
 
 DEFAULT_SEQ_LEN = 512
@@ -64,6 +67,7 @@ def trace(
     ] = False,
     logits: Annotated[bool, typer.Option("--logits", help="Record the router logits too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
+    dry_run: DryRunOption = False,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -96,16 +100,21 @@ def trace(
             "dtype": str(dtype),
             "threads": threads,
         }
+        options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
+        run: dict[str, Any] = {"logits": logits, "generate": options}
+        side: Literal["left", "right"] = "left" if generate else "right"
+        view = MoEView(loaded.model)
+        if dry_run:
+            _forecast(printed, view, sequences, batch_size, side, run)
+            return
         record = start_record(
             "trace", settings, seed=seed, inputs=[path for path in data if path != "-"]
         )
         writer = TraceWriter(out, logits=logits, metadata={**settings, "seed": seed})
-        batches = pad_batches(sequences, batch_size, side="left" if generate else "right")
-        options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
+        batches = pad_batches(sequences, batch_size, side=side)
         try:
             with progress("trace", "sequences") as update:
-                batches = _counted(batches, len(sequences), update)
-                collect(MoEView(loaded.model), batches, [writer], logits=logits, generate=options)
+                collect(view, _counted(batches, len(sequences), update), [writer], **run)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
                 f"interrupted: {out} was not written; run the command again, or remove "
@@ -147,6 +156,41 @@ def _sequences(
         left[sample.domain] -= len(ids)
         for start in range(0, len(ids), length):
             yield ids[start : start + length], sample.domain
+
+
+def _forecast(
+    printed: Output,
+    view: MoEView,
+    sequences: list[tuple[list[int], str]],
+    batch_size: int,
+    side: Literal["left", "right"],
+    run: dict[str, Any],
+) -> None:
+    """Trace the first batch in memory and scale what it took to all tokens."""
+    from moekit.core.collect import collect, pad_batches
+    from moekit.core.trace_files import MemoryChunk
+    from moekit.core.trace_writer import TraceWriter
+
+    writer = TraceWriter(logits=run["logits"])
+    few = sequences[:batch_size]
+    start = time.perf_counter()
+    collect(view, pad_batches(few, batch_size, side=side), [writer], **run)
+    elapsed = time.perf_counter() - start
+    held = sum(
+        tensor.nbytes
+        for chunk in writer.trace.chunks
+        if isinstance(chunk, MemoryChunk)
+        for tensor in chunk.tensors.values()
+    )
+    factor = sum(len(ids) for ids, _ in sequences) / sum(len(ids) for ids, _ in few)
+    plan = {
+        "sequences": len(sequences),
+        "tokens": round(len(writer.trace) * factor),
+        "bytes": round(held * factor),
+        "seconds": round(elapsed * factor, 1),
+    }
+    printed.table([(name, f"{value:,}") for name, value in plan.items()])
+    printed.result(plan)
 
 
 def _counted(batches: Iterable[Batch], total: int, update: Any) -> Iterator[Batch]:
