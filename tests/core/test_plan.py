@@ -189,6 +189,13 @@ def test_plan_for_another_model():
             made.validate(spec)
 
 
+def test_layer_numbers_that_occur_twice():
+    spec = Spec("nllb-moe", [Layer(1), Layer(3), Layer(3)])
+    with pytest.raises(UserError, match="has 2 sets of experts with layer number 3"):
+        plan({"1": {"drop": [1]}}).validate(spec)
+    plan().validate(spec)
+
+
 def grouped(**more):
     layer = {"num_groups": 4, "topk_groups": 2, "num_experts": 16, "top_k": 2} | more
     return Spec(per_layer=[Layer(1, **layer)])

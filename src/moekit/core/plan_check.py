@@ -21,6 +21,13 @@ def check_plan(plan: ExpertPlan, spec: SpecLike) -> None:
             f"{actual.describe()}{_first_difference(plan.model, actual)}."
         )
     layers = {layer.layer_index: layer for layer in spec.per_layer}
+    if plan.layers and len(layers) < len(spec.per_layer):
+        counts = Counter(layer.layer_index for layer in spec.per_layer)
+        twice = counts.most_common(1)[0][0]
+        raise UserError(
+            f"{spec.model_type} has {counts[twice]} sets of experts with layer number {twice}; "
+            "plans go by layer number and cannot tell them apart."
+        )
     for index in plan.layers:
         if index not in layers:
             known = sorted(layers)
