@@ -301,8 +301,9 @@ def test_ban_beats_a_large_correction_bias():
         calls.clear()
         with view.ban_experts([3]):
             run(model, inputs)
-    assert not any((call.ids == 3).any() for call in calls)
-    assert all(call.weights.sum() > 0 for call in calls)
+    for call in calls:
+        assert not (call.ids == 3).any()
+        assert (call.ids >= 0).all()  # the rule itself chose another one
 
 
 def test_gradients_of_a_transform_survive_checkpointing(view, model, inputs):

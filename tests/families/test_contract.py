@@ -153,6 +153,10 @@ def test_trace_is_what_the_experts_received(family: str, dtype: torch.dtype):
         logits_of(model, inputs)
     witness.stop()
     witness.confirm(calls)
+    mask = inputs["attention_mask"].bool()
+    padded = [call for call in calls if call.tokens.batch_shape == mask.shape]
+    assert padded
+    assert all(torch.equal(call.mask, mask.flatten()) for call in padded)
     assert_traced(trace, _sessions(calls))
 
 
