@@ -92,7 +92,7 @@ def routing(source: str, samples: list[Sample], bytes_per_domain: int) -> dict[s
 
 def _unused(trace: RoutingTrace, position: int) -> int:
     """How many experts of a layer no token of the trace reached."""
-    return trace.layers[position].num_experts - len(trace.layer(position).ids.unique())
+    return trace.layers[position].num_experts - len(trace.layer(position).topk_ids.unique())
 
 
 def main() -> None:

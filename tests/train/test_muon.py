@@ -50,5 +50,5 @@ def test_learns_a_linear_map_faster_than_it_starts() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]

@@ -68,7 +68,7 @@ def test_probes_are_traces_of_the_same_text(finished) -> None:
         RoutingTrace.open(out / "training" / "probes" / f"step-{step:06d}") for step in (0, 24)
     )
     assert torch.equal(first.tokens, last.tokens)
-    assert not torch.equal(first.layer(0).ids, last.layer(0).ids)
+    assert not torch.equal(first.layer(0).topk_ids, last.layer(0).topk_ids)
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(finished, texts, tmp_path) -> None:
@@ -143,7 +143,8 @@ def test_dry_run_forecasts_and_writes_nothing(recipe, texts, tmp_path, moekit) -
         ("train.seq_len=64000", "max_position_embeddings 64"),
         ("balance.rule=bias", "no correction bias"),
         ("tokenizer.vocab_size=100", "need 257"),
-        ("data.train=*.nothing", "no file matches"),
+        ("data.train='*.nothing'", "no file matches"),
+        ("data.train=*.nothing", "put quotes around"),
         ("data.weights={code: 1}", "without a weight"),
     ],
 )

@@ -149,7 +149,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise UserError(f"--set {override}: '{parent}' is not a section.")
-        target[last] = yaml.safe_load(value)
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--set {override}: the value is not valid YAML; put quotes around a text."
+            ) from error
     return recipe_from_dict(raw)
 
 
