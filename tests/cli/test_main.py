@@ -123,7 +123,7 @@ def test_a_programming_error_is_not_hidden(moekit, monkeypatch):
 def test_a_reader_that_goes_away_is_no_error():
     process = start("list", "--json", stdout=subprocess.PIPE)
     process.stdout.close()
-    assert process.wait(60) == 1
+    assert process.wait(300) == 1
     assert process.stderr.read() == ""
 
 

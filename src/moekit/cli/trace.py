@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,9 +28,8 @@ from moekit.cli.common import (
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
-    from moekit.core.collect import Batch
+    from moekit.core.collect import Batch, Sink
     from moekit.core.trace import RoutingTrace
-    from moekit.core.view import MoEView
     from moekit.evaluate.text import Sample
 
 DEFAULT_SEQ_LEN = 512
@@ -81,49 +81,73 @@ def trace(
         texts = read_texts(data)
         loaded = open_model(model, dtype, seed, threads)
 
-        from moekit.core.collect import collect, pad_batches
-        from moekit.core.record import FileHash, start_record
-        from moekit.core.trace_writer import TraceWriter
-        from moekit.core.view import MoEView
-
         length = _sequence_length(loaded.model, seq_len, generate)
-        sequences = list(_sequences(loaded.tokenizer, texts, length, max_tokens))
+        options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
+        work = _Pass(
+            loaded.model,
+            list(_sequences(loaded.tokenizer, texts, length, max_tokens)),
+            batch_size,
+            logits,
+            options,
+        )
+        if dry_run:
+            _forecast(printed, work)
+            return
         settings = {
             "model": model,
             "data": data,
             "seq_len": length,
             "max_tokens": max_tokens,
-            "generate": generate,
-            "do_sample": do_sample,
+            "generate": options,
             "logits": logits,
             "batch_size": batch_size,
             "dtype": str(dtype),
             "threads": threads,
         }
-        options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
-        run: dict[str, Any] = {"logits": logits, "generate": options}
-        side: Literal["left", "right"] = "left" if generate else "right"
-        view = MoEView(loaded.model)
-        if dry_run:
-            _forecast(printed, view, sequences, batch_size, side, run)
-            return
-        record = start_record(
-            "trace", settings, seed=seed, inputs=[path for path in data if path != "-"]
-        )
-        writer = TraceWriter(out, logits=logits, metadata={**settings, "seed": seed})
-        batches = pad_batches(sequences, batch_size, side=side)
-        try:
-            with progress("trace", "sequences") as update:
-                collect(view, _counted(batches, len(sequences), update), [writer], **run)
-        except KeyboardInterrupt as error:
-            raise KeyboardInterrupt(
-                f"interrupted: {out} was not written; run the command again, or remove "
-                f"{out}.partial"
-            ) from error
-        layers = [_load(writer.trace, position) for position in range(len(writer.trace.layers))]
-        files = [FileHash.of(file, file.name) for file in sorted(out.iterdir())]
-        record.finish({"tokens": len(writer.trace), "layers": layers}, files).save(out)
-        _report(printed, out, writer.trace, layers, record.seconds)
+        _write(printed, out, work, settings, seed)
+
+
+@dataclass
+class _Pass:
+    """One pass of a model over sequences of (token ids, domain); `generate` as in `collect`."""
+
+    model: Any
+    sequences: list[tuple[list[int], str]]
+    batch_size: int
+    logits: bool
+    generate: dict[str, Any] | None
+
+    def run(self, sink: Sink, stop: int | None = None, update: Any = None) -> None:
+        """Feed the first `stop` sequences, or all, to the sink; `update` gets (done, total)."""
+        from moekit.core.collect import collect, pad_batches
+        from moekit.core.view import MoEView
+
+        side: Literal["left", "right"] = "left" if self.generate else "right"
+        batches = pad_batches(self.sequences[:stop], self.batch_size, side=side)
+        if update is not None:
+            batches = _counted(batches, len(self.sequences), update)
+        view = MoEView(self.model)
+        collect(view, batches, [sink], logits=self.logits, generate=self.generate)
+
+
+def _write(printed: Output, out: Path, work: _Pass, settings: dict[str, Any], seed: int) -> None:
+    from moekit.core.record import FileHash, start_record
+    from moekit.core.trace_writer import TraceWriter
+
+    texts = [path for path in settings["data"] if path != "-"]
+    record = start_record("trace", settings, seed=seed, inputs=texts)
+    writer = TraceWriter(out, logits=work.logits, metadata={**settings, "seed": seed})
+    try:
+        with progress("trace", "sequences") as update:
+            work.run(writer, update=update)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"interrupted: {out} was not written; run the command again, or remove {out}.partial"
+        ) from error
+    layers = [_load(writer.trace, position) for position in range(len(writer.trace.layers))]
+    files = [FileHash.of(file, file.name) for file in sorted(out.iterdir())]
+    record.finish({"tokens": len(writer.trace), "layers": layers}, files).save(out)
+    _report(printed, out, writer.trace, layers, record.seconds)
 
 
 def _sequence_length(model: Any, asked: int | None, generate: int | None) -> int:
@@ -158,23 +182,14 @@ def _sequences(
             yield ids[start : start + length], sample.domain
 
 
-def _forecast(
-    printed: Output,
-    view: MoEView,
-    sequences: list[tuple[list[int], str]],
-    batch_size: int,
-    side: Literal["left", "right"],
-    run: dict[str, Any],
-) -> None:
+def _forecast(printed: Output, work: _Pass) -> None:
     """Trace the first batch in memory and scale what it took to all tokens."""
-    from moekit.core.collect import collect, pad_batches
     from moekit.core.trace_files import MemoryChunk
     from moekit.core.trace_writer import TraceWriter
 
-    writer = TraceWriter(logits=run["logits"])
-    few = sequences[:batch_size]
+    writer = TraceWriter(logits=work.logits)
     start = time.perf_counter()
-    collect(view, pad_batches(few, batch_size, side=side), [writer], **run)
+    work.run(writer, stop=work.batch_size)
     elapsed = time.perf_counter() - start
     held = sum(
         tensor.nbytes
@@ -182,9 +197,13 @@ def _forecast(
         if isinstance(chunk, MemoryChunk)
         for tensor in chunk.tensors.values()
     )
-    factor = sum(len(ids) for ids, _ in sequences) / sum(len(ids) for ids, _ in few)
+    done, total = (
+        sum(len(ids) for ids, _ in sequences)
+        for sequences in (work.sequences[: work.batch_size], work.sequences)
+    )
+    factor = total / done
     plan = {
-        "sequences": len(sequences),
+        "sequences": len(work.sequences),
         "tokens": round(len(writer.trace) * factor),
         "bytes": round(held * factor),
         "seconds": round(elapsed * factor, 1),
