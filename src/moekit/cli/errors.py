@@ -37,7 +37,7 @@ def reporting_errors() -> Iterator[None]:
         _fail(str(error))
     except UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "moekit"
-        message = error.format_message().rstrip(".")
+        message = " ".join(error.format_message().split()).rstrip(".")
         _fail(f"{message[:1].lower()}{message[1:]}\n`{path} --help` shows how it is used")
     except KeyboardInterrupt as error:
         print(f"\n{error}" if str(error) else "\ninterrupted", file=sys.stderr)

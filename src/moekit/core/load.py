@@ -96,6 +96,12 @@ def find_config(source: str | Path) -> Path:
     return _hub_config(found) if isinstance(found, str) else found
 
 
+def find_model(source: str | Path) -> Path:
+    """The directory of a model's files; a model of the hub is downloaded. Raises as `load`."""
+    found = resolve_model(source)
+    return _hub_snapshot(found) if isinstance(found, str) else found
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in a model's directory, or None where there is none."""
     from transformers import AutoTokenizer
