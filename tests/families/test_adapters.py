@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import VitPoseBackbone, VitPoseBackboneConfig
 
+from moekit.core.layer import MoELayer
 from moekit.core.port import SeamCall
+from moekit.core.routing_rule import Routing
 from moekit.core.view import MoEView
 from tests.families.tiny import build_tiny, tiny_inputs
 
@@ -16,6 +18,10 @@ def observed(view: MoEView, **inputs: Tensor) -> list[SeamCall]:
     with view.observe(calls.append, logits=True), torch.no_grad():
         view.model(**inputs)
     return calls
+
+
+def _third(layer: MoELayer, routing: Routing, hidden: Tensor) -> Routing:
+    return Routing(None, routing.weights / 2, torch.full_like(routing.ids, 2))
 
 
 def test_doge_chooses_by_the_sum_of_two_keys():
@@ -110,6 +116,13 @@ def test_vitpose_backbone_takes_the_expert_of_the_data_set():
             torch.testing.assert_close(
                 model(**inputs).feature_maps[0], expected, rtol=1e-5, atol=1e-5
             )
+        with view.transform_routing(_third, on="selection"):
+            changed = model(**inputs).feature_maps[0]
+            with view.use_backend("naive"):
+                torch.testing.assert_close(
+                    changed, model(**inputs).feature_maps[0], rtol=1e-5, atol=1e-5
+                )
+    assert not torch.equal(changed, expected)
     assert calls[0].ids.view(2, -1).unique(dim=1).tolist() == [[0], [2]]
     expert = view[1].get_expert(2)
     assert expert.down.shape == (8, 128)

@@ -57,7 +57,9 @@ class MoELayer:
         self.router = site.router
         self.shared = dict(site.shared)
         self.num_experts = self._count_experts()
-        self._matrix = router_matrix(self.router, self.num_experts) if self.router else None
+        self._matrix: tuple[nn.Module, str] | None = None
+        if self.router is not None:
+            self._matrix = router_matrix(self.router, self.num_experts)
         self.top_k = self._find_top_k()
         bias = self.correction_bias
         weight = self.router_weight

@@ -18,6 +18,7 @@ class VitPoseBackboneLayer(MoELayer):
     """
 
     router_name = None
+    runs_partial_rows = True
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:
@@ -44,10 +45,9 @@ class VitPoseBackboneLayer(MoELayer):
         weights = torch.ones_like(ids, dtype=hidden.dtype)
 
         def native(h: Tensor, i: Tensor, w: Tensor) -> Tensor:
-            if i is ids and w is weights:
-                return forward(*args)
-            return forward(h[None], i[None])[0] * w
+            return forward(*args) if i is ids and w is weights else pack(forward(h[None], i)[0] * w)
 
-        return port.dispatch(
-            flat, ids, weights, native, lambda out: out.view(*hidden.shape[:2], -1)
-        )
+        def pack(out: Tensor) -> Tensor:
+            return out.view(*hidden.shape[:2], -1)
+
+        return port.dispatch(flat, ids, weights, native, pack)
