@@ -27,7 +27,9 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Overrules train.seed of the recipe.")
     ] = None,
-    restart: Annotated[bool, typer.Option(help="Discard an unfinished run of this --out.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished run of this --out.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Forecast parameters, FLOPs, bytes and seconds.")
     ] = False,

@@ -17,7 +17,15 @@ from .state import find_checkpoint
 from .tokenizer import END_OF_TEXT, train_tokenizer
 
 # Fields that change nothing about what a step computes; a resumed run may differ in them.
-_FREE = ("log_every", "eval_every", "eval_bytes", "checkpoint_every", "eval_context")
+_FREE = (
+    "log_every",
+    "eval_every",
+    "eval_bytes",
+    "checkpoint_every",
+    "eval_context",
+    "probe_at",
+    "probe_bytes",
+)
 
 
 @dataclass
