@@ -1,0 +1,118 @@
+"""Runs measures on traces: the ones asked for, or all that apply."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moekit.analyze.reading import check_filled
+from moekit.analyze.result import Result
+from moekit.analyze.traces import in_order_of_training, joined
+from moekit.core.errors import UserError
+from moekit.core.registry import Method, registry
+from moekit.core.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from moekit.core.view import MoEView
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Results by measure, and the reasons why other measures do not apply, by measure."""
+
+    results: dict[str, Result] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        measures = {name: result.to_dict() for name, result in self.results.items()}
+        return {"measures": measures, "left_out": dict(self.left_out)}
+
+
+def measures() -> list[Method]:
+    """The registered measures that read traces."""
+    return [method for method in registry.methods(kind="measure") if "trace" in method.needs]
+
+
+def analyze(
+    traces: RoutingTrace | Sequence[RoutingTrace],
+    names: Sequence[str] | None = None,
+    *,
+    view: MoEView | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    on_start: Callable[[str], None] | None = None,
+) -> Analysis:
+    """Run the measures of these names, or all that apply, with `settings` by measure and option.
+
+    Several traces are one text, unless each has a training step: then measures of training see all
+    of them and the others the last. Measures that need the model run where `view` is given.
+    `on_start` is called with every measure's name. Raises UserError for an unknown name or option,
+    an empty trace, a trace of another model than the view's, and a named measure that does not
+    apply.
+    """
+    traces = [traces] if isinstance(traces, RoutingTrace) else list(traces)
+    if not traces:
+        raise UserError("no trace to analyse")
+    settings = settings or {}
+    chosen = _chosen(names, settings)
+    course = in_order_of_training(traces)
+    trace = course[-1] if course else joined(traces)
+    check_filled(trace)
+    if view is not None:
+        from moekit.analyze.rerun import check_same_model
+
+        check_same_model(trace, view)
+    analysis = Analysis()
+    for method in chosen:
+        options = settings.get(method.name, {})
+        try:
+            _check_options(method, options)
+            arguments = _arguments(method, trace, course, view)
+            if on_start is not None:
+                on_start(method.name)
+            analysis.results[method.name] = method.load()(*arguments, **options)
+        except UserError as error:
+            # A measure that was asked for, or configured, must run or say why not.
+            if names is not None or options:
+                raise UserError(f"{method.name}: {error}") from error
+            analysis.left_out[method.name] = str(error)
+    return analysis
+
+
+def _chosen(names: Sequence[str] | None, settings: Mapping[str, Any]) -> list[Method]:
+    known = {method.name: method for method in measures()}
+    for name in [*(names or ()), *settings]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"measures: {', '.join(known)}"
+            raise UserError(f"no measure of traces is named {name!r}: {hint}")
+    return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
+
+
+def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+    known = {option.name: option for option in method.options}
+    for name in options:
+        if name not in known:
+            raise UserError(f"no option {name!r}; options: {', '.join(known) or 'none'}")
+    missing = [o.name for o in method.options if o.required and o.name not in options]
+    if missing:
+        raise UserError(f"needs {' and '.join(missing)} (--set {method.name}.{missing[0]}=...)")
+
+
+def _arguments(
+    method: Method,
+    trace: RoutingTrace,
+    course: list[RoutingTrace] | None,
+    view: MoEView | None,
+) -> list[Any]:
+    if "training" in method.needs:
+        if course is None:
+            raise UserError("needs the probe traces of a training run, several with a step each")
+        return [course]
+    if "weights" in method.needs:
+        if view is None:
+            raise UserError("needs the model: give --model")
+        return [trace, view]
+    return [trace]
