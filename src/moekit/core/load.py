@@ -49,7 +49,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
     # From the hub the config alone at first: a dense model is refused before its download.
     config = read_config(find_config(source))
     spec = MoESpec.from_config(config)
-    directory = _hub_snapshot(source) if isinstance(source, str) else source
+    directory = find_model(source)
     Checkpoint(directory).close()
     model = _load_weights(architecture_of(config), directory, dtype, options)
     return LoadedModel(model, load_tokenizer(directory), spec)
