@@ -55,6 +55,17 @@ def pieces(
     return found
 
 
+def numbers(text: str | float, name: str) -> list[float]:
+    """Numbers above 0 from text such as "4,16"; UserError that names the option otherwise."""
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) <= 0:
+        raise UserError(f"{name} is {text!r}; it must be numbers above 0, separated by commas")
+    return values
+
+
 def rows_of(chosen: list[Piece]) -> Ids:
     """The token numbers of the pieces, [T]."""
     return np.concatenate([np.arange(piece.start, piece.stop) for piece in chosen])

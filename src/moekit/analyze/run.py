@@ -11,7 +11,7 @@ from moekit.analyze.reading import check_filled
 from moekit.analyze.result import Result
 from moekit.analyze.traces import in_order_of_training, joined
 from moekit.core.errors import UserError
-from moekit.core.registry import Method, registry
+from moekit.core.registry import Method, Option, registry
 from moekit.core.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -42,15 +42,16 @@ def analyze(
     *,
     view: MoEView | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-    on_start: Callable[[str], None] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Analysis:
     """Run the measures of these names, or all that apply, with `settings` by measure and option.
 
     Several traces are one text, unless each has a training step: then measures of training see all
-    of them and the others the last. Measures that need the model run where `view` is given.
-    `on_start` is called with every measure's name. Raises UserError for an unknown name or option,
-    an empty trace, a trace of another model than the view's, and a named measure that does not
-    apply.
+    of them and the others the last. Measures that need the model run where `view` is given. `seed`
+    is that of the measures that have one; `progress` is called with the measures done and their
+    number. Raises UserError for an unknown name or option, an empty trace, a trace of another model
+    than the view's, and a measure that was named or has settings and does not apply.
     """
     traces = [traces] if isinstance(traces, RoutingTrace) else list(traces)
     if not traces:
@@ -65,14 +66,15 @@ def analyze(
 
         check_same_model(trace, view)
     analysis = Analysis()
-    for method in chosen:
+    for number, method in enumerate(chosen):
+        if progress is not None:
+            progress(number, len(chosen))
         options = settings.get(method.name, {})
         try:
             _check_options(method, options)
             arguments = _arguments(method, trace, course, view)
-            if on_start is not None:
-                on_start(method.name)
-            analysis.results[method.name] = method.load()(*arguments, **options)
+            seeded = {"seed": seed} if "seed" in {o.name for o in method.options} else {}
+            analysis.results[method.name] = method.load()(*arguments, **{**seeded, **options})
         except UserError as error:
             # A measure that was asked for, or configured, must run or say why not.
             if names is not None or options:
@@ -93,12 +95,25 @@ def _chosen(names: Sequence[str] | None, settings: Mapping[str, Any]) -> list[Me
 
 def _check_options(method: Method, options: Mapping[str, Any]) -> None:
     known = {option.name: option for option in method.options}
-    for name in options:
+    for name, value in options.items():
         if name not in known:
             raise UserError(f"no option {name!r}; options: {', '.join(known) or 'none'}")
+        _check_value(known[name], value)
     missing = [o.name for o in method.options if o.required and o.name not in options]
     if missing:
         raise UserError(f"needs {' and '.join(missing)} (--set {method.name}.{missing[0]}=...)")
+
+
+def _check_value(option: Option, value: Any) -> None:
+    kinds = {"int": int, "float": int | float, "bool": bool, "str": str | int | float}
+    outer = option.type.split("[")[0]
+    kind = {"Sequence": list | tuple, "Mapping": Mapping}.get(outer, kinds.get(option.type, object))
+    fits = isinstance(value, kind) and (outer == "bool" or not isinstance(value, bool))
+    if not fits:
+        raise UserError(f"{option.name} is {value!r}; it must be of type {option.type}")
+    # An option of 0 by default is a seed; all other numbers count something.
+    if kind is int and value < (0 if option.default == 0 else 1):
+        raise UserError(f"{option.name} is {value}; it must be 1 or more")
 
 
 def _arguments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.analyze.reading import Piece, check_filled, pieces
+from moekit.analyze.reading import Piece, check_filled, numbers, pieces
 from moekit.analyze.result import Result
 from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
@@ -42,11 +42,12 @@ def sch(
     for a ratio that leaves no slot.
     """
     check_filled(trace)
-    slots = _slots(trace, [float(text) for text in str(ratios).split(",")])
+    slots = _slots(trace, numbers(ratios, "ratios"))
     chosen = pieces(trace, max_tokens, piece)
     ids, num_experts = _streams(trace, chosen)
     scores = {
-        f"m={int(m)}": CacheScore(future="window", window=int(m)) for m in str(windows).split(",")
+        f"m={int(m)}": CacheScore(future="window", window=int(m))
+        for m in numbers(windows, "windows")
     }
     scores |= {name: policy(name) for name in ("lru", "lfu", "belady")}
     found = {

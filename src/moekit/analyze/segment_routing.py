@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moekit.analyze.reading import check_filled, multi_hot, pieces, read_ids, rows_of
+from moekit.analyze.reading import check_filled, multi_hot, numbers, pieces, read_ids, rows_of
 from moekit.analyze.result import Result
 from moekit.core.errors import UserError
 from moekit.core.registry import register
@@ -44,10 +44,10 @@ def srp(
     resampled pieces. Raises UserError where no sample is as long as the shortest segment.
     """
     check_filled(trace)
-    lengths = [int(text) for text in str(segments).split(",")]
+    lengths = [int(m) for m in numbers(segments, "segments")]
     chosen = pieces(trace, max_tokens, 4096)
     longest = max(map(len, chosen))
-    usable = [m for m in lengths if 1 <= m <= longest]
+    usable = [m for m in lengths if m <= longest]
     if not usable:
         raise UserError(
             f"the longest sample read has {longest} tokens; segments of {segments} do not fit: "

@@ -19,6 +19,8 @@ VERBS = {
     "run": ("moekit.cli.run:run", "Generate text from a prompt, or chat."),
     "inspect": ("moekit.cli.inspect:inspect", "Show a model's experts, parameters and memory."),
     "trace": ("moekit.cli.trace:trace", "Record what the routers choose on a text."),
+    "analyze": ("moekit.cli.analyze:analyze", "Measure what the routers do, from traces."),
+    "profile": ("moekit.cli.profile:profile", "Measure what each expert does on a text."),
     "eval": ("moekit.cli.eval:evaluate", "Measure bits per byte and perplexity, or run tasks."),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
