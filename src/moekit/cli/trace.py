@@ -25,14 +25,11 @@ from moekit.cli.common import (
     output,
     progress,
 )
-from moekit.core.errors import UserError
+from moekit.cli.sequences import sequence_length, sequences
 
 if TYPE_CHECKING:
     from moekit.core.collect import Batch, Sink
     from moekit.core.trace import RoutingTrace
-    from moekit.evaluate.text import Sample
-
-DEFAULT_SEQ_LEN = 512
 
 
 def trace(
@@ -81,11 +78,11 @@ def trace(
         texts = read_texts(data)
         loaded = open_model(model, dtype, seed, threads)
 
-        length = _sequence_length(loaded.model, seq_len, generate)
+        length = sequence_length(loaded.model.config, seq_len, generate)
         options = {"max_new_tokens": generate, "do_sample": do_sample} if generate else None
         work = _Pass(
             loaded.model,
-            list(_sequences(loaded.tokenizer, texts, length, max_tokens)),
+            list(sequences(loaded.tokenizer, texts, length, max_tokens)),
             batch_size,
             logits,
             options,
@@ -148,38 +145,6 @@ def _write(printed: Output, out: Path, work: _Pass, settings: dict[str, Any], se
     files = [FileHash.of(file, file.name) for file in sorted(out.iterdir())]
     record.finish({"tokens": len(writer.trace), "layers": layers}, files).save(out)
     _report(printed, out, writer.trace, layers, record.seconds)
-
-
-def _sequence_length(model: Any, asked: int | None, generate: int | None) -> int:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    extra = generate or 0
-    if not isinstance(context, int):
-        return asked or DEFAULT_SEQ_LEN
-    if extra >= context:
-        raise UserError(f"--generate {extra} leaves no room in the model's context of {context}")
-    if asked is not None and asked + extra > context:
-        raise UserError(
-            f"--seq-len {asked} and --generate {extra} need {asked + extra} positions; the model's "
-            f"context is {context}: use --seq-len {context - extra} or less"
-        )
-    return asked or min(DEFAULT_SEQ_LEN, context - extra)
-
-
-def _sequences(
-    tokenizer: Any, texts: list[Sample], length: int, max_tokens: int | None
-) -> Iterator[tuple[list[int], str]]:
-    """Documents as (token ids, domain), cut to `length` and to each domain's share."""
-    domains = dict.fromkeys(sample.domain for sample in texts)
-    share = None if max_tokens is None else max(1, max_tokens // len(domains))
-    left: dict[str, float] = dict.fromkeys(domains, float("inf") if share is None else share)
-    for sample in texts:
-        if left[sample.domain] <= 0:
-            continue
-        ids = tokenizer(sample.text, verbose=False)["input_ids"]
-        ids = ids[: int(min(len(ids), left[sample.domain]))]
-        left[sample.domain] -= len(ids)
-        for start in range(0, len(ids), length):
-            yield ids[start : start + length], sample.domain
 
 
 def _forecast(printed: Output, work: _Pass) -> None:
