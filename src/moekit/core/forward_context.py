@@ -105,7 +105,10 @@ def scopes_of(model: nn.Module, path: str) -> list[tuple[nn.Module, Scope]]:
         module = getattr(module, part)
         if isinstance(module, PreTrainedModel):
             enclosing.append(module)
-    return [(m, _scopes.setdefault(m, Scope(m))) for m in reversed(enclosing)]
+    for scoped in enclosing:
+        if scoped not in _scopes:
+            _scopes[scoped] = Scope(scoped)
+    return [(scoped, _scopes[scoped]) for scoped in reversed(enclosing)]
 
 
 def token_context(scopes: list[tuple[nn.Module, Scope]], num_tokens: int) -> TokenContext:
