@@ -2,6 +2,7 @@ import io
 import os
 import pty
 import signal
+import time
 
 import pytest
 import torch
@@ -183,7 +184,10 @@ def test_ctrl_c_is_one_line(tiny):
     ours, theirs = pty.openpty()
     process = start("run", tiny, stdin=theirs)
     assert process.stdout.read(2) == "> "
-    process.send_signal(signal.SIGINT)
+    # A signal between the prompt and the read waits for the next one, so send until it is heard.
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
     out, err = process.communicate(timeout=300)
     os.close(theirs)
     os.close(ours)
