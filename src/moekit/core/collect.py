@@ -111,7 +111,9 @@ def collect(
 
 
 def _run(model: Any, batch: Batch, generate: dict[str, Any] | None) -> None:
-    device = next(model.parameters()).device
+    # A model that is streamed from disk keeps most of its parameters on the meta device.
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
     inputs = {"input_ids": batch.ids.to(device), **batch.inputs}
     if batch.mask is not None:
         inputs["attention_mask"] = batch.mask.to(device)

@@ -102,6 +102,15 @@ def find_model(source: str | Path) -> Path:
     return _hub_snapshot(found) if isinstance(found, str) else found
 
 
+def local_directory(source: str | Path) -> Path:
+    """The directory of a model on this machine; a model from the hub is downloaded.
+
+    Raises UserError where there is no such model, or the hub cannot be reached.
+    """
+    found = resolve_model(source)
+    return _hub_snapshot(found) if isinstance(found, str) else found
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer in a model's directory, or None where there is none."""
     from transformers import AutoTokenizer

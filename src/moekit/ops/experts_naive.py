@@ -21,6 +21,11 @@ def run_expert(experts: Any, e: int, hidden: Tensor) -> Tensor:
     Honours how the bank says it is stored: transposed, with biases, gated or not, with a norm after
     the expert. The gate function of the module splits gate from up, interleaved or not.
     """
+    return run_down(experts, e, run_up(experts, e, hidden))
+
+
+def run_up(experts: Any, e: int, hidden: Tensor) -> Tensor:
+    """The first half of `run_expert`: the input [n, F] of the down projection."""
     gated = getattr(experts, "has_gate", True)
     biased = getattr(experts, "has_bias", False)
     name = "gate_up_proj" if gated else "up_proj"
@@ -30,14 +35,18 @@ def run_expert(experts: Any, e: int, hidden: Tensor) -> Tensor:
         getattr(experts, f"{name}_bias")[e] if biased else None,
     )
     if not gated:
-        out = experts.act_fn(out)
-    elif hasattr(experts, "_apply_gate"):
-        out = experts._apply_gate(out)
-    else:
-        gate, up = out.chunk(2, dim=-1)
-        out = experts.act_fn(gate) * up
+        return experts.act_fn(out)
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(out)
+    gate, up = out.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def run_down(experts: Any, e: int, middle: Tensor) -> Tensor:
+    """The second half of `run_expert`: from middle [n, F] to the output [n, D]."""
+    biased = getattr(experts, "has_bias", False)
     out = F.linear(
-        out, oriented(experts, "down_proj", e), experts.down_proj_bias[e] if biased else None
+        middle, oriented(experts, "down_proj", e), experts.down_proj_bias[e] if biased else None
     )
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
