@@ -151,9 +151,10 @@ def test_belady_is_above_every_policy(seed):
 def test_hot_set_hits_what_its_profile_holds():
     ids = routing(500, 8, 2, skew=1.0)
     counts = np.bincount(ids.ravel(), minlength=8)
-    found = replay(ids, 8, policy("hot-set"), [1, 3, 5], profile=counts[None])
-    expected = [np.sort(counts)[::-1][:slots].sum() for slots in (1, 3, 5)]
-    assert found.hits[:, 0].tolist() == expected
+    for hold in (False, True):
+        found = replay(ids, 8, policy("hot-set"), [2, 3, 5], profile=counts[None], hold=hold)
+        expected = [np.sort(counts)[::-1][:slots].sum() for slots in (2, 3, 5)]
+        assert found.hits[:, 0].tolist() == expected
 
 
 def test_stack_distances_give_lru_at_every_capacity(golden):

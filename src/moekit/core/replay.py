@@ -57,7 +57,8 @@ def replay(
     An id of -1 is no access; the others of a token differ. `free_start` counts the first use of an
     expert as a hit while the cache still has free slots, as the paper does. `hold` keeps the
     experts of a token until all of them are inside, as an engine that computes them together must;
-    it needs K slots. `profile` [N, E] ranks experts for a score that asks for one. Raises UserError
+    it needs K slots, and changes nothing for a score by profile, whose other experts pass through
+    without a slot. `profile` [N, E] ranks experts for a score that asks for one. Raises UserError
     for a capacity below 1, or below K with `hold`.
     """
     ids = _checked(ids, num_experts, capacities, hold)
@@ -83,7 +84,7 @@ def replay(
             inside |= new & (cache.room[:, :, None] > np.cumsum(new, axis=1) - new)
             seen[rows, now] = True
         hits += inside.sum(-1)
-        cache.insert(now, next(keys), hold=hold, only_better=score.profile)
+        cache.insert(now, next(keys), hold=hold and not score.profile, only_better=score.profile)
     return Replay(tuple(capacities), hits, (ids < num_experts).sum((0, 2)))
 
 
