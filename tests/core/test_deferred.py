@@ -38,6 +38,8 @@ OPERATIONS = {
     "interleave": lambda t: t.reshape(3, 4, 2, 6).transpose(1, 2).reshape(3, 8, 6).contiguous(),
     "flatten": lambda t: t.flatten(),
     "view": lambda t: t.view(-1, 6),
+    "view across rows": lambda t: t.view(9, 16),
+    "rope": lambda t: t.view(6, 2, 2, 6).transpose(1, 2).reshape(24, 6),
     "unsqueeze": lambda t: t.unsqueeze(1),
     "select": lambda t: t[1],
     "select from the end": lambda t: t[:, -1],
@@ -93,6 +95,13 @@ def test_neighbours_are_selected_together():
     kept = defer(BANK, log).index_select(0, torch.tensor([1, 2]))
     assert torch.equal(kept.read(), BANK[1:])
     assert log == [((1, 3), (0, 8), (0, 6))]
+
+
+def test_a_reshaped_row_reads_the_rows_it_lies_in():
+    log = []
+    row = defer(BANK, log).view(9, 16).rows(3, 4)
+    assert torch.equal(row, BANK.view(9, 16)[3:4])
+    assert log == [((1, 2), (0, 8), (0, 6))]
 
 
 @pytest.mark.parametrize(("piece_bytes", "rows"), [(1, 1), (200, 1), (400, 2), (10**6, 3)])

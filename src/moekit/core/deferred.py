@@ -263,14 +263,18 @@ def _squeeze(outputs: list[torch.Tensor], source: Deferred, dim: int) -> list[Re
 
 
 def _reshape(outputs: list[torch.Tensor], source: Deferred, size: Any) -> list[Reader] | None:
-    """Reshaping that keeps the first axis is done row by row."""
+    """Rows of the result are a run of elements, which lie in a run of rows of the source."""
     shape = outputs[0].shape
-    if not shape or not source.ndim or shape[0] != source.shape[0] or shape[0] == 0:
+    if not shape or not source.ndim or source.numel() == 0:
         return None
+    row, source_row = math.prod(shape[1:]), math.prod(source.shape[1:])
 
     def read(region: Region) -> torch.Tensor:
         start, stop = region[0]
-        block = source.rows(start, stop).reshape(stop - start, *shape[1:])
+        first = start * row // source_row
+        rows = source.rows(first, max(first, -(-stop * row // source_row)))
+        run = rows.reshape(-1)[start * row - first * source_row :][: (stop - start) * row]
+        block = run.reshape(stop - start, *shape[1:])
         return block[(slice(None), *(slice(a, b) for a, b in region[1:]))]
 
     return [read]
