@@ -34,12 +34,12 @@ def weight_similarity(layer: MoELayer, sketch: int, seed: int) -> Array:
     for independent random ones. With fewer than P columns the Gram matrices are compared on
     `sketch` random directions, the same for all experts.
     """
+    width = neurons(layer, 0).shape[1]
+    directions = _directions(width, min(sketch, width), seed, layer.index)
     sketches = []
     for expert in range(layer.num_experts):
         rows = neurons(layer, expert)
-        width = rows.shape[1]
-        if not sketches:
-            directions = _directions(width, min(sketch, width), seed, layer.index).to(rows)
+        directions = directions.to(rows.device)
         product = rows.T @ (rows @ directions)
         # Without this part any two experts with many neurons would look alike.
         product -= rows.square().sum() / width * directions
