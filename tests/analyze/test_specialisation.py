@@ -62,3 +62,18 @@ def test_too_little_text_is_refused(lengths, domains, message):
     trace = make_trace(random_ids(200, 4, 2), 4, lengths=lengths, domains=domains)
     with pytest.raises(UserError, match=message):
         specialisation(trace, min_tokens=50)
+
+
+def test_domains_with_too_little_text_are_left_out():
+    far = [[50, 50, 0, 0], [0, 0, 50, 50]]
+    whole = two_domains(20, 50, far)
+    ids = np.concatenate([whole.layer(0).topk_ids.numpy(), np.zeros((30, 1), dtype=int)])
+    domains = [sample.domain for sample in whole.samples]
+    more = make_trace(ids, 4, lengths=[50] * 20 + [30], domains=[*domains, "few"])
+    result = specialisation(more)
+    assert result.detail["domains"] == ["code", "law"]
+    assert result.rows[0] == specialisation(whole).rows[0]
+    assert result.notes == [
+        "left out: domain 'few' has 30 tokens in 1 samples: too little to compare, which needs 200 "
+        "in 2 or more; record shorter sequences"
+    ]

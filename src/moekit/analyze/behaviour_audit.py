@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from moekit.analyze.information import p_value
 from moekit.analyze.reading import (
-    check_domains,
+    check_domain,
     check_filled,
     sample_domains,
     sample_lengths,
@@ -55,7 +55,8 @@ def behaviour_audit(
     for a missing domain or too little text.
     """
     check_filled(trace)
-    check_domains(trace, [positive, negative], min_tokens)
+    for name in (positive, negative):
+        check_domain(trace, name, min_tokens)
     lengths, domains = sample_lengths(trace), sample_domains(trace)
     member = {
         name: np.nonzero((domains == trace.domains.index(name)) & (lengths > 0))[0]

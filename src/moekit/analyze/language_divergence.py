@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from moekit.analyze.information import jensen_shannon, p_value, spearman
 from moekit.analyze.reading import (
-    check_compared,
-    check_domains,
+    check_domain,
     check_filled,
+    compared_domains,
     sample_domains,
     sample_lengths,
     usage_by_sample,
@@ -55,16 +55,17 @@ def language_divergence(
     where two languages have equally many; the null then exchanges within pairs. The divergence has
     its null's mean taken off, which is what two halves of one language would show. `u_shape` is the
     first and last third of the layers minus the middle one: above 0 where the middle is shared.
-    Raises UserError without the reference or another domain, or with too little text in one.
+    Languages with too little text are left out; raises UserError where the reference or all others
+    are.
     """
     check_filled(trace)
-    check_domains(trace, [reference], min_tokens)
-    check_compared(trace, min_tokens)
+    check_domain(trace, reference, min_tokens)
+    names, notes = compared_domains(trace, min_tokens)
     members = {
         name: np.nonzero(
             (sample_domains(trace) == trace.domains.index(name)) & (sample_lengths(trace) > 0)
         )[0]
-        for name in trace.domains
+        for name in names
     }
     english = members.pop(reference)
     parallel = {name: len(own) == len(english) for name, own in members.items()}
@@ -94,7 +95,7 @@ def language_divergence(
     summary = {"reference": reference, "u_shape": _u_shape(depth.mean(1)), **by_language}
     if losses:
         summary |= _correlation(depth, list(members), losses, permutations, seed)
-    notes = [f"{name}: not parallel" for name, equal in parallel.items() if not equal]
+    notes += [f"{name}: not parallel" for name, equal in parallel.items() if not equal]
     return Result(
         ("layer", *members, "largest p"),
         table,

@@ -158,30 +158,45 @@ def check_filled(trace: RoutingTrace) -> None:
     raise UserError(f"no expert was chosen in any layer in the {len(trace)} tokens of the trace")
 
 
-def check_domains(trace: RoutingTrace, names: list[str], min_tokens: int) -> None:
-    """Raise UserError for a domain of fewer tokens, or of fewer than 2 samples."""
-    lengths, domains = sample_lengths(trace), sample_domains(trace)
-    for name in names:
-        if name not in trace.domains:
-            raise UserError(f"no domain is named {name!r}; the trace has {_list(trace.domains)}")
-        of_domain = (domains == trace.domains.index(name)) & (lengths > 0)
-        tokens, samples = int(lengths[of_domain].sum()), int(of_domain.sum())
-        if tokens < min_tokens or samples < 2:
-            raise UserError(
-                f"domain {name!r} has {tokens} tokens in {samples} samples: too little to compare; "
-                f"record {min_tokens} tokens in 2 samples or more (shorter sequences make more), "
-                "or lower min_tokens"
-            )
+def check_domain(trace: RoutingTrace, name: str, min_tokens: int) -> None:
+    """Raise UserError for a domain that is missing or has too little text to compare."""
+    if name not in trace.domains:
+        raise UserError(f"no domain is named {name!r}; the trace has {_list(trace.domains)}")
+    lack = _lack(trace, name, min_tokens)
+    if lack:
+        raise UserError(lack)
 
 
-def check_compared(trace: RoutingTrace, min_tokens: int) -> None:
-    """Raise UserError unless there are two domains or more, each with enough text."""
+def compared_domains(trace: RoutingTrace, min_tokens: int) -> tuple[list[str], list[str]]:
+    """The domains with enough text, and a note about each of the others.
+
+    Raises UserError where fewer than two have enough.
+    """
     if len(trace.domains) < 2:
         raise UserError(
             f"the trace has one domain ({_list(trace.domains) or 'unnamed'}): comparing domains "
             "needs two or more; the domain is the data file's name"
         )
-    check_domains(trace, trace.domains, min_tokens)
+    lacking = {name: _lack(trace, name, min_tokens) for name in trace.domains}
+    enough = [name for name, lack in lacking.items() if not lack]
+    notes = [lack for lack in lacking.values() if lack]
+    if len(enough) < 2:
+        raise UserError(notes[0])
+    return enough, [f"left out: {note}" for note in notes]
+
+
+def _lack(trace: RoutingTrace, name: str, min_tokens: int) -> str:
+    """What keeps a domain from being compared, or nothing."""
+    lengths = sample_lengths(trace)
+    of_domain = (sample_domains(trace) == trace.domains.index(name)) & (lengths > 0)
+    tokens, samples = int(lengths[of_domain].sum()), int(of_domain.sum())
+    if samples >= 2 and tokens >= min_tokens:
+        return ""
+    way_out = "record shorter sequences" if samples < 2 else "record more, or lower min_tokens"
+    return (
+        f"domain {name!r} has {tokens} tokens in {samples} samples: too little to compare, which "
+        f"needs {min_tokens} in 2 or more; {way_out}"
+    )
 
 
 def _list(names: list[str]) -> str:

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from moekit.analyze.information import mutual_information, npmi, p_value
 from moekit.analyze.reading import (
-    check_compared,
     check_filled,
+    compared_domains,
     sample_domains,
     usage_by_sample,
 )
@@ -38,24 +38,27 @@ def specialisation(
 
     The null exchanges domains between whole samples, since tokens of one sample are not
     independent. `p` is that of the layer's mutual information. Specialists are pairs of expert and
-    domain whose nPMI exceeds 95 % of the largest nPMI anywhere in the layer under the null. Raises
-    UserError for a single domain, or one with too little text.
+    domain whose nPMI exceeds 95 % of the largest nPMI anywhere in the layer under the null. Domains
+    with too little text are left out; raises UserError where fewer than two remain.
     """
     check_filled(trace)
-    check_compared(trace, min_tokens)
-    labels = sample_domains(trace)
-    groups = len(trace.domains)
+    names, notes = compared_domains(trace, min_tokens)
+    groups = len(names)
+    number = np.array([names.index(name) if name in names else -1 for name in trace.domains])
+    labels = number[sample_domains(trace)]
+    kept = labels >= 0
+    labels = labels[kept]
     random = np.random.default_rng(derive_seed(seed, "specialisation"))
     shuffled = np.stack([random.permutation(labels) for _ in range(permutations)])
     rows, matrices, specialists = [], [], []
     for position, layer in enumerate(trace.layers):
-        usage = usage_by_sample(trace, position)
+        usage = usage_by_sample(trace, position)[kept]
         joint = _by_domain(usage, labels[None], groups)[0]
         bits = float(mutual_information(joint))
         null_bits, null_largest = _null(usage, shuffled, groups)
         pointwise = npmi(joint)
         matrices.append(pointwise)
-        found = _specialists(pointwise, float(np.quantile(null_largest, 0.95)), trace.domains)
+        found = _specialists(pointwise, float(np.quantile(null_largest, 0.95)), names)
         specialists.append(found)
         strongest = found[0] if found else None
         rows.append(
@@ -78,7 +81,8 @@ def specialisation(
             "layers": len(rows),
             "permutations": permutations,
         },
-        {"domains": trace.domains, "npmi": matrices, "specialists": specialists},
+        {"domains": names, "npmi": matrices, "specialists": specialists},
+        notes,
     )
 
 
