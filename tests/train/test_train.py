@@ -94,6 +94,28 @@ def test_an_interrupted_run_resumes_to_the_same_weights(finished, texts, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_that_died_after_its_last_step_is_only_finished(
+    recipe, texts, tmp_path, moekit, monkeypatch
+) -> None:
+    path, out = recipe(train={"checkpoint_every": 100}), tmp_path / "out"
+    arguments = ["train", path, "--data", texts, "--out", out, *ON_CPU]
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("moekit.train.finish.model_card", full)
+        done = moekit(*arguments)
+    assert done.code == 2
+    assert "no space left" in done.err
+    assert not out.exists()
+    done = moekit(*arguments, "--json")
+    assert done.code == 0, done.err
+    assert "measuring" not in done.err
+    assert done.json["last"]["step"] == 8
+    assert len(losses(out)) == 8
+
+
 def test_a_killed_run_resumes_too(finished, texts, tmp_path) -> None:
     path, reference, _ = finished
     out = tmp_path / "out"

@@ -76,7 +76,7 @@ def _train(
     from moekit.core.record import start_record
     from moekit.train.distributed import join_world, leave_world
     from moekit.train.finish import finish
-    from moekit.train.look import evaluate
+    from moekit.train.look import final_evaluation
     from moekit.train.loop import train as run_training
     from moekit.train.run import prepare
 
@@ -99,7 +99,7 @@ def _train(
         last = run_training(run)
         if not world.is_main:
             return None
-        score = evaluate(run, None) if run.valid else {"mean": float("nan"), "by_domain": {}}
+        score = final_evaluation(run)
         finish(run, out, score, last, record)
         return {"out": str(out), "last": last, "valid": score}
     except KeyboardInterrupt as stop:

@@ -1,5 +1,6 @@
 """Looking at a model while it trains: loss by domain, and the routing of a fixed probe text."""
 
+import json
 from typing import Any
 
 import torch
@@ -34,6 +35,22 @@ def evaluate(run: Run, max_bytes: int | None) -> dict[str, Any]:
         run.model.set_attn_implementation(attention)
     by_domain = {name: round(loss.bpb, 4) for name, loss in score.per_domain.items()}
     return {"mean": round(score.mean, 4), "by_domain": by_domain}
+
+
+def final_evaluation(run: Run) -> dict[str, Any]:
+    """`evaluate` on the whole validation text of a finished run.
+
+    The result is kept in the run's folder, so that a crash after it does not cost it again.
+    """
+    if not run.valid:
+        return {"mean": float("nan"), "by_domain": {}}
+    kept = run.folder / "evaluation.json"
+    if not kept.exists():
+        run.say("measuring on the validation text")
+        score = evaluate(run, None)
+        kept.with_suffix(".new").write_text(json.dumps(score))
+        kept.with_suffix(".new").rename(kept)
+    return json.loads(kept.read_text())
 
 
 def probe_text(run: Run) -> list[Sample]:

@@ -66,7 +66,7 @@ def train(run: Run) -> dict[str, Any]:
     share = settings.batch_windows // world.size
     window_counts: list[Tensor] = []
     window_loss = torch.zeros(3)
-    entry: dict[str, Any] = {}
+    entry = log.last_step()
     clock, since = time.perf_counter(), step
 
     def save() -> None:
@@ -140,6 +140,11 @@ class _Log:
             lines = [line for line in path.read_text().splitlines() if line]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             path.write_text("".join(line + "\n" for line in kept))
+
+    def last_step(self) -> dict[str, Any]:
+        """The newest entry of a training step; empty before the first."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return next((e for e in map(json.loads, reversed(lines)) if "loss" in e), {})
 
     def write(self, entry: dict[str, Any]) -> None:
         if self.active:
