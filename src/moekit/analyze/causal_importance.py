@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moekit.analyze.losses import token_losses
 from moekit.analyze.paired import Difference, clustered_mean
 from moekit.analyze.reading import blocks
 from moekit.analyze.rerun import samples_of
@@ -62,7 +63,7 @@ def causal_importance(
     what: str = "both",
     ablation: str = "ban",
     max_tokens: int = 2048,
-    budget: int = 2**18,
+    budget: int = 2**16,
     choose: str = "used",
     confidence: float = 0.95,
     seed: int = 0,
@@ -124,15 +125,7 @@ def causal_importance(
 
 def sample_losses(view: MoEView, samples: Sequence[tuple[list[int], str]]) -> Array:
     """The summed loss (nats) of each sample's tokens after its first, [S]."""
-    device = next(view.model.parameters()).device
-    losses = np.zeros(len(samples))
-    for number, (ids, _) in enumerate(samples):
-        tokens = torch.tensor([ids], device=device)
-        with torch.inference_mode():
-            logits = view.model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
-        losses[number] = float(loss.double().sum())
-    return losses
+    return np.array([float(losses.sum()) for losses in token_losses(view, samples)])
 
 
 def _check(name: str, value: str, known: Sequence[str]) -> None:

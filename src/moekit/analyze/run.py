@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moekit.analyze.reading import check_filled
@@ -32,8 +34,8 @@ class Analysis:
 
 
 def measures() -> list[Method]:
-    """The registered measures that read traces."""
-    return [method for method in registry.methods(kind="measure") if "trace" in method.needs]
+    """The registered measures that read traces, or the weights alone."""
+    return [m for m in registry.methods(kind="measure") if {"trace", "weights"} & set(m.needs)]
 
 
 def analyze(
@@ -43,15 +45,16 @@ def analyze(
     view: MoEView | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] | None = None,
 ) -> Analysis:
     """Run the measures of these names, or all that apply, with `settings` by measure and option.
 
     Several traces are one text, unless each has a training step: then measures of training see all
     of them and the others the last. Measures that need the model run where `view` is given. `seed`
-    is that of the measures that have one; `progress` is called with the measures done and their
-    number. Raises UserError for an unknown name or option, an empty trace, a trace of another model
-    than the view's, and a measure that was named or has settings and does not apply.
+    is that of the measures that have one; `progress` is called with the measures done, in fractions
+    within long ones, and their number. Raises UserError for an unknown name or option, an empty
+    trace, a trace of another model than the view's, and a measure that was named or has settings
+    and does not apply.
     """
     traces = [traces] if isinstance(traces, RoutingTrace) else list(traces)
     if not traces:
@@ -74,7 +77,10 @@ def analyze(
             _check_options(method, options)
             arguments = _arguments(method, trace, course, view)
             seeded = {"seed": seed} if "seed" in {o.name for o in method.options} else {}
-            analysis.results[method.name] = method.load()(*arguments, **{**seeded, **options})
+            code = method.load()
+            if progress is not None and "progress" in inspect.signature(code).parameters:
+                code = partial(code, progress=_within(progress, number, len(chosen)))
+            analysis.results[method.name] = code(*arguments, **{**seeded, **options})
         except UserError as error:
             # A measure that was asked for, or configured, must run or say why not.
             if names is not None or options:
@@ -116,6 +122,12 @@ def _check_value(option: Option, value: Any) -> None:
         raise UserError(f"{option.name} is {value}; it must be 1 or more")
 
 
+def _within(
+    progress: Callable[[float, int], None], number: int, count: int
+) -> Callable[[int, int], None]:
+    return lambda done, total: progress(number + done / total, count)
+
+
 def _arguments(
     method: Method,
     trace: RoutingTrace,
@@ -129,5 +141,5 @@ def _arguments(
     if "weights" in method.needs:
         if view is None:
             raise UserError("needs the model: give --model")
-        return [trace, view]
+        return [trace, view] if "trace" in method.needs else [view]
     return [trace]

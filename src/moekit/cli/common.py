@@ -108,13 +108,13 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str, unit: str) -> Iterator[Callable[[float, int], None]]:
     """A callback (done, total) that draws a bar on standard error if that is a terminal."""
     from tqdm import tqdm
 
     with tqdm(desc=label, unit=unit, disable=None, leave=False) as bar:
 
-        def update(done: int, total: int) -> None:
+        def update(done: float, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
