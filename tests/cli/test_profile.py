@@ -68,6 +68,17 @@ def test_earlier_stats_are_added(moekit, tiny, data, tmp_path):
     assert differences(ExpertStats.open(tmp_path / "both"), merged) == []
 
 
+def test_dry_run_forecasts_and_writes_nothing(moekit, tiny, data, tmp_path):
+    args = ("profile", tiny, data, "-o", tmp_path / "s", "--seq-len", 16, "--batch-size", 1)
+    forecast = moekit(*args, "--dry-run", "--json").json
+    assert not (tmp_path / "s").exists()
+    moekit(*args)
+    written = sum(v.nbytes for v in ExpertStats.open(tmp_path / "s").held.values())
+    # One batch holds one of the two domains.
+    assert written / 2 < forecast["bytes"] <= written
+    assert forecast["batches"] > 1
+
+
 def test_experts_that_fell_short_are_named(moekit, tiny, data, tmp_path):
     out = moekit("profile", tiny, data, "-o", tmp_path / "s", "--min-tokens", 1000).out
     assert "layer 0 expert 0: " in out

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.cli.common import (
+    DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -30,6 +33,7 @@ from moekit.cli.sequences import sequence_length, sequences
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
+    from moekit.core.collect import Batch
     from moekit.core.stats import ExpertStats
     from moekit.core.view import MoEView
 
@@ -96,6 +100,7 @@ def profile(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences in one forward pass; 8 by default.")
     ] = None,
+    dry_run: DryRunOption = False,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -114,9 +119,8 @@ def profile(
         with _opened(model, dtype, seed, threads, stream, limit) as (view, tokenizer, streamed):
             from moekit.core.collect import pad_batches
             from moekit.core.record import FileHash, start_record
-            from moekit.core.stats import merge_all
-            from moekit.profile import SETS, profile, shortfalls
-            from moekit.profile.parallel import discard_parts, reduce_stats, share_of, world
+            from moekit.profile import SETS, shortfalls
+            from moekit.profile.parallel import share_of, world
 
             config: Any = view.model.config
             if config.is_encoder_decoder:
@@ -147,46 +151,116 @@ def profile(
                 "add": add,
                 "dtype": str(dtype),
                 "threads": threads,
+                "seed": seed,
             }
+            rank, processes = world()
+            work = _Work(
+                view,
+                share_of(list(pad_batches(samples, size)), rank, processes),
+                wanted,
+                _positions(view, layers),
+                all_tokens,
+            )
+            if dry_run:
+                if rank == 0:
+                    _forecast(printed, work)
+                return
             record = start_record(
                 "profile", settings, seed=seed, inputs=[path for path in data if path != "-"]
             )
-            rank, processes = world()
-            batches = share_of(list(pad_batches(samples, size)), rank, processes)
-            scratch = out.with_name(f"{out.name}.scratch-{rank}")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            try:
-                with progress("profile", "batches") as update:
-                    stats: ExpertStats | None = profile(
-                        view,
-                        batches,
-                        sets=wanted,
-                        layers=_positions(view, layers),
-                        all_tokens=all_tokens,
-                        scratch=scratch,
-                        progress=update if rank == 0 else None,
-                    )
-                assert stats is not None
-                if processes > 1:
-                    stats = reduce_stats(stats, out, rank, processes)
-                if stats is None:
-                    return
-                stats = merge_all([*earlier, stats])
-                stats.metadata = {"model": model, "data": data, "seq_len": length, "seed": seed}
-                stats.save(out)
-                discard_parts(out, processes)
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(
-                    f"interrupted: {out} was not written; run the command again"
-                ) from error
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            stats = _write(work, out, earlier, settings, rank, processes)
+            if stats is None:
+                return
             rows = _layer_rows(stats, min_tokens)
-            short = [asdict(s) for s in shortfalls(stats, min_tokens)] if rows else []
+            short = [asdict(s) for s in shortfalls(stats, min_tokens)]
             files = [FileHash.of(file, file.name) for file in sorted(out.iterdir())]
             record.finish({"layers": rows, "shortfalls": len(short)}, files).save(out)
             _report(printed, out, stats, rows, short, min_tokens, record.seconds)
+
+
+@dataclass
+class _Work:
+    """What one process profiles; `layers` are positions in the view, for the heavy sets."""
+
+    view: MoEView
+    batches: list[Batch]
+    sets: list[str]
+    layers: list[int] | None
+    all_tokens: bool
+
+    def run(
+        self, scratch: Path | None = None, stop: int | None = None, update: Any = None
+    ) -> ExpertStats:
+        """Profile the first `stop` batches, or all; `update` gets (forwards done, all)."""
+        from moekit.profile import profile
+
+        return profile(
+            self.view,
+            self.batches[:stop],
+            sets=self.sets,
+            layers=self.layers,
+            all_tokens=self.all_tokens,
+            scratch=scratch,
+            progress=update,
+        )
+
+
+def _write(
+    work: _Work,
+    out: Path,
+    earlier: list[ExpertStats],
+    settings: dict[str, Any],
+    rank: int,
+    processes: int,
+) -> ExpertStats | None:
+    """Profile, bring the processes' parts together and save; None in all but the first."""
+    from moekit.core.stats import ExpertStats, merge_all
+    from moekit.profile.parallel import discard_parts, reduce_stats
+
+    scratch = out.with_name(f"{out.name}.scratch-{rank}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with progress("profile", "batches") as update:
+            stats: ExpertStats | None = work.run(scratch, update=update if rank == 0 else None)
+        assert stats is not None
+        if processes > 1:
+            stats = reduce_stats(stats, out, rank, processes)
+        if stats is not None:
+            stats = merge_all([*earlier, stats])
+            stats.metadata = {key: settings[key] for key in ("model", "data", "seq_len", "seed")}
+            stats.save(out)
+            discard_parts(out, processes)
+            # What was merged lazily reads files that are gone by now.
+            stats = ExpertStats.open(out)
+        return stats
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"interrupted: {out} was not written; run the command again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _forecast(printed: Output, work: _Work) -> None:
+    """Profile the first batch and scale what it took to all of them."""
+    from moekit.core.memory import format_bytes
+    from moekit.core.stats_table import STATISTICS
+
+    start = time.perf_counter()
+    stats = work.run(stop=1)
+    seconds = (time.perf_counter() - start) * len(work.batches)
+    held = sum(
+        math.prod(value.shape) * STATISTICS[name].dtype.itemsize
+        for (_, name), value in stats.held.items()
+    )
+    printed.line(
+        f"about {format_bytes(held)} of statistics in about {seconds:.0f} s "
+        f"({len(work.batches)} batches); nothing was written"
+    )
+    printed.result(
+        {"dry_run": True, "batches": len(work.batches), "bytes": held, "seconds": seconds}
+    )
 
 
 @contextmanager
