@@ -52,7 +52,7 @@ def test_max_bytes_is_a_domain_limit(moekit, tiny, data):
 def test_dry_run_counts(moekit, tiny, data):
     plan = moekit("eval", tiny, data, "--dry-run", "--json").json
     total = moekit("eval", tiny, data, "--json").json["total"]
-    assert (plan["documents"], plan["bytes"], plan["tokens"]) == (
+    assert (plan["documents"], plan["text_bytes"], plan["tokens"]) == (
         3,
         total["bytes"],
         total["tokens"],

@@ -109,6 +109,7 @@ def _window(model: Any, context: int | None, stride: int | None) -> dict[str, An
 
 
 def _forecast(out: Output, loaded: Any, samples: list[Sample], window: dict[str, Any]) -> None:
+    from moekit.core.forecast import Forecast
     from moekit.evaluate.bits_per_byte import bits_per_byte
     from moekit.evaluate.text import limit_bytes_per_domain
 
@@ -117,14 +118,14 @@ def _forecast(out: Output, loaded: Any, samples: list[Sample], window: dict[str,
     part = bits_per_byte(loaded.model, loaded.tokenizer, few, **window).total
     elapsed = time.perf_counter() - start
     total = sum(len(sample.text.encode()) for sample in samples)
-    plan = {
+    details = {
         "documents": len(samples),
-        "bytes": total,
+        "text_bytes": total,
         "tokens": round(part.tokens * total / part.bytes),
-        "seconds": round(elapsed * total / part.bytes, 1),
     }
-    out.table([(name, f"{value:,}") for name, value in plan.items()])
-    out.result(plan)
+    plan = Forecast.from_part(elapsed, 0, part.bytes / total, details, f"{part.bytes:,} bytes")
+    out.table(plan.rows())
+    out.result(plan.to_dict())
 
 
 def _measure(

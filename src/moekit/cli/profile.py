@@ -244,23 +244,25 @@ def _write(
 
 def _forecast(printed: Output, work: _Work) -> None:
     """Profile the first batch and scale what it took to all of them."""
-    from moekit.core.memory import format_bytes
+    from moekit.core.forecast import Forecast
     from moekit.core.stats_table import STATISTICS
 
     start = time.perf_counter()
     stats = work.run(stop=1)
-    seconds = (time.perf_counter() - start) * len(work.batches)
+    elapsed = time.perf_counter() - start
     held = sum(
         math.prod(value.shape) * STATISTICS[name].dtype.itemsize
         for (_, name), value in stats.held.items()
     )
-    printed.line(
-        f"about {format_bytes(held)} of statistics in about {seconds:.0f} s "
-        f"({len(work.batches)} batches); nothing was written"
+    # The sums are as large after one batch as after all of them.
+    plan = Forecast(
+        held,
+        round(elapsed * len(work.batches), 1),
+        "measured on the first batch",
+        {"batches": len(work.batches)},
     )
-    printed.result(
-        {"dry_run": True, "batches": len(work.batches), "bytes": held, "seconds": seconds}
-    )
+    printed.table(plan.rows())
+    printed.result(plan.to_dict())
 
 
 @contextmanager

@@ -149,6 +149,7 @@ def _write(printed: Output, out: Path, work: _Pass, settings: dict[str, Any], se
 
 def _forecast(printed: Output, work: _Pass) -> None:
     """Trace the first batch in memory and scale what it took to all tokens."""
+    from moekit.core.forecast import Forecast
     from moekit.core.trace_files import MemoryChunk
     from moekit.core.trace_writer import TraceWriter
 
@@ -166,15 +167,13 @@ def _forecast(printed: Output, work: _Pass) -> None:
         sum(len(ids) for ids, _ in sequences)
         for sequences in (work.sequences[: work.batch_size], work.sequences)
     )
-    factor = total / done
-    plan = {
+    details = {
         "sequences": len(work.sequences),
-        "tokens": round(len(writer.trace) * factor),
-        "bytes": round(held * factor),
-        "seconds": round(elapsed * factor, 1),
+        "tokens": round(len(writer.trace) * total / done),
     }
-    printed.table([(name, f"{value:,}") for name, value in plan.items()])
-    printed.result(plan)
+    plan = Forecast.from_part(elapsed, held, done / total, details, "the first batch")
+    printed.table(plan.rows())
+    printed.result(plan.to_dict())
 
 
 def _counted(batches: Iterable[Batch], total: int, update: Any) -> Iterator[Batch]:

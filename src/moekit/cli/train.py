@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moekit.cli.common import JsonOption, OutOption, ThreadsOption, check_out, note, output, set_up
+from moekit.cli.common import (
+    JsonOption,
+    OutOption,
+    ThreadsOption,
+    check_out,
+    output,
+    progress,
+    set_up,
+)
 from moekit.core.errors import UserError
 
 
@@ -57,8 +67,8 @@ def train(
             from moekit.train.forecast import forecast
 
             plan = forecast(settings)
-            result.table([(name.replace("_", " "), f"{value:,}") for name, value in plan.items()])
-            result.result(plan)
+            result.table(plan.rows())
+            result.result(plan.to_dict())
             return
         value = _train(settings, data, out, restart, device)
         if value is not None:
@@ -95,8 +105,10 @@ def _train(
         if restart and world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         world.barrier()
-        run = prepare(settings, data, partial, world, note if world.is_main else _silent)
-        last = run_training(run)
+        with progress("train", "steps") if world.is_main else nullcontext(_silent) as advance:
+            say = _say if world.is_main else _silent
+            run = prepare(settings, data, partial, world, say, advance)
+            last = run_training(run)
         if not world.is_main:
             return None
         score = final_evaluation(run)
@@ -113,5 +125,12 @@ def _train(
         leave_world()
 
 
-def _silent(text: str) -> None:
+def _say(text: str) -> None:
+    """A line on standard error, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _silent(*_: object) -> None:
     pass

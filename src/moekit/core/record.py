@@ -8,8 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.core.errors import UserError
+from moekit.core.forecast import Hardware
 
 RECORD_FILE = "record.json"
 VERSION = 1
@@ -71,7 +70,7 @@ def hash_files(paths: Iterable[str | os.PathLike[str]]) -> list[FileHash]:
 class RunRecord:
     """Everything needed to repeat a run and to tell whether two runs are comparable.
 
-    `started` is UTC in ISO 8601, `seconds` wall time, `hardware` what `hardware()` found. Made by
+    `started` is UTC in ISO 8601, `seconds` wall time, `hardware` a `Hardware`. Made by
     `start_record`, completed by `finish`, written by `save`.
     """
 
@@ -145,7 +144,7 @@ def start_record(
         options=json.loads(json.dumps(dict(options or {}), default=str)),
         seed=seed,
         versions=versions(),
-        hardware=hardware(),
+        hardware=Hardware.read().to_dict(),
         inputs=hash_files(inputs),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -160,31 +159,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in bytes, and GPUs if torch is loaded."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "gpus": _gpus(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor()
-
-
-def _gpus() -> list[str]:
-    # Importing torch for a run that does not need it would cost seconds.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

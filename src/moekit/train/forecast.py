@@ -1,10 +1,10 @@
 """What a run will need, told before it starts: parameters, FLOPs, bytes and seconds."""
 
 import time
-from typing import Any
 
 import torch
 
+from moekit.core.forecast import Forecast
 from moekit.core.spec import spec_from_config
 
 from .balance import family_balance
@@ -17,7 +17,7 @@ from .step import build_losses, run_step
 _BYTES_A_PARAMETER = {"adamw": 16, "muon": 12}
 
 
-def forecast(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
+def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
     """Size, FLOPs, bytes and time of a run; times one real micro-batch of random tokens.
 
     FLOPs are 6 * active parameters without the embedding table * tokens (forward and backward of
@@ -42,13 +42,13 @@ def forecast(recipe: Recipe, processes: int = 1) -> dict[str, Any]:
         optimizer.step()
     rounds = recipe.train.batch_windows / (micro * processes)
     step = (middle - begin) * rounds + time.perf_counter() - middle
-    return {
+    tokens = recipe.steps * recipe.train.batch_windows * recipe.train.seq_len
+    details = {
         "parameters": total,
         "active_parameters": active,
         "steps": recipe.steps,
-        "tokens": recipe.steps * recipe.train.batch_windows * recipe.train.seq_len,
-        "flops": 6 * active * recipe.train.tokens,
+        "tokens": tokens,
+        "flops": 6 * active * tokens,
         "state_bytes": total * _BYTES_A_PARAMETER[recipe.optim.name],
-        "output_bytes": 2 * total,
-        "seconds": round(step * recipe.steps, 1),
     }
+    return Forecast(2 * total, round(step * recipe.steps, 1), "measured on one step", details)

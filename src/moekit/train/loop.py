@@ -95,6 +95,7 @@ def train(run: Run) -> dict[str, Any]:
             window_counts = add_counts(window_counts, counts)
             window_loss += torch.tensor([result.loss, result.balance, 1.0])
             step += 1
+            run.advance(step, recipe.steps)
             if step % settings.log_every == 0 or step == recipe.steps:
                 summed = world.sum_(window_loss)
                 means = summed / summed[2]

@@ -40,14 +40,21 @@ class Run:
     mix: PackedMix
     valid: list[Sample]
     say: Callable[[str], None]
+    advance: Callable[[int, int], None]
 
 
 def prepare(
-    recipe: Recipe, data: Path, folder: Path, world: World, say: Callable[[str], None]
+    recipe: Recipe,
+    data: Path,
+    folder: Path,
+    world: World,
+    say: Callable[[str], None],
+    advance: Callable[[int, int], None],
 ) -> Run:
     """Read the data, train or load the tokenizer and build the model.
 
-    The main process does the work that leaves files in `folder`; the others wait and read them.
+    `say` gets lines for people and `advance` (steps done, steps in all) after every step. The main
+    process does the work that leaves files in `folder`; the others wait and read them.
     """
     texts = read_domains(data, recipe.data.train)
     held_out = read_domains(data, recipe.data.valid) if recipe.data.valid else {}
@@ -67,7 +74,7 @@ def prepare(
     say(f"{sum(len(domain.tokens) for domain in domains):,} tokens in {len(domains)} domains")
     model = build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(world.device)
     valid = [Sample(text, name) for name, docs in sorted(held_out.items()) for text in docs]
-    return Run(recipe, folder, world, tokenizer, model, mix, valid, say)
+    return Run(recipe, folder, world, tokenizer, model, mix, valid, say, advance)
 
 
 def _tokenizer(recipe: Recipe, texts: dict[str, list[str]]):
