@@ -21,6 +21,7 @@ VERBS = {
     "trace": ("moekit.cli.trace:trace", "Record what the routers choose on a text."),
     "analyze": ("moekit.cli.analyze:analyze", "Measure what the routers do, from traces."),
     "profile": ("moekit.cli.profile:profile", "Measure what each expert does on a text."),
+    "report": ("moekit.cli.report:report", "Make a page about what a model's experts do."),
     "eval": ("moekit.cli.eval:evaluate", "Measure bits per byte and perplexity, or run tasks."),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
