@@ -10,16 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moekit.core.load import BABEL_PATH
-
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/start.md", "docs/concepts.md", "docs/extend.md"]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
-
-needs_babel = pytest.mark.skipif(
-    not (BABEL_PATH / "config.json").is_file(), reason="babel is not trained yet"
-)
 
 
 def snippets(page):
@@ -39,7 +33,6 @@ def run(language, code, folder):
     )
 
 
-@needs_babel
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_run(page, tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
