@@ -77,23 +77,23 @@ def babel_quality(record: dict[str, Any]) -> str:
 
 
 def convert_memory(record: dict[str, Any]) -> str:
+    found = record["metrics"]
     rows = [
-        [
-            run["name"],
-            f"{run['bytes'] / 1e9:.1f}",
-            f"{run['peak_rss_anon_above_import'] / 1e9:.2f}",
-            f"{run['seconds']:.0f}",
-            "yes" if run["equal"] else "no",
-        ]
-        for run in record["metrics"]["runs"]
+        [name, f"{run['above_import'] / 1e6:.0f}", f"{run['seconds']:.0f}"]
+        for name, run in found["runs"].items()
     ]
+    equal = "all equal" if found["all_equal"] else "NOT all equal"
     return "\n\n".join(
         [
             "## Converting in constant memory",
-            "`benchmarks/convert_memory.py`. A checkpoint of random bf16 weights is copied and "
-            "converted. Peak of anonymous memory (RssAnon) above that after import. "
+            "`benchmarks/convert_memory.py`. A checkpoint of "
+            f"{found['checkpoint_bytes'] / 1e9:.1f} "
+            "GB of random bf16 weights is copied and converted; "
+            f"{found['tensors_compared']:,} tensors compared, {equal}. Peak of anonymous memory "
+            "(RssAnon) above that after import. The machine was busy (load "
+            f"{found['load_average_at_end']:.0f} at the end), so the seconds say little. "
             + machine(record),
-            table(["run", "GB", "peak GB", "seconds", "tensors equal"], rows),
+            table(["run", "peak MB above import", "seconds"], rows),
         ]
     )
 
