@@ -118,3 +118,34 @@ def test_one_sample_is_analysed_as_far_as_it_goes(moekit, tmp_path):
     assert "load" in done.json["measures"]
     assert "3 tokens are too few" in done.json["left_out"]["layer-prediction"]
     assert "none of the 3 tokens" in done.json["left_out"]["token-identity"]
+
+
+def test_routing_that_another_server_recorded(moekit, tiny, tmp_path):
+    np.save(tmp_path / "chat.npy", random_ids(200, 4, 2, layers=2))
+    done = moekit("analyze", tmp_path / "chat.npy", "-m", "load,srp", "--model", tiny, "--json")
+    assert done.code == 0, done.err
+    assert done.json["tokens"] == [200]
+    assert done.json["model_type"] == "qwen3_moe"
+    assert done.json["measures"]["load"]["table"][0]["imbalance"] < 1.3
+    done = moekit("analyze", tmp_path / "chat.npy", "-m", "load")
+    assert done.code == 2
+    assert "chat.npy does not tell its model: give --model" in done.err
+    np.save(tmp_path / "chat.npy", random_ids(200, 8, 2, layers=2))
+    done = moekit("analyze", tmp_path / "chat.npy", "-m", "load", "--model", tiny)
+    assert done.code == 2
+    assert "whose experts are 0 to 3" in done.err
+
+
+def test_measures_of_the_model(moekit, trace, tiny):
+    names = "super-experts,redundancy,coupling,causal-importance"
+    done = moekit("analyze", trace, "-m", names, "--model", tiny, "--json")
+    assert done.code == 0, done.err
+    found = {name: row["summary"] for name, row in done.json["measures"].items()}
+    assert found["super-experts"]["super_experts"] == 0
+    assert found["redundancy"]["near_duplicates"] == 0
+    assert found["coupling"]["layers"] == 2
+    # Two layers and four experts in each.
+    assert found["causal-importance"]["ablations"] == 10
+    done = moekit("analyze", trace, "-m", "coupling")
+    assert done.code == 2
+    assert "coupling: needs the model: give --model" in done.err

@@ -7,17 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from moekit.core.errors import UserError
+from moekit.core.spec import MoESpec
 from moekit.core.trace import RoutingTrace
 from moekit.core.trace_files import HEADER, TraceHeader
+from moekit.core.trace_import import import_traces, is_recorded
 
 
-def open_traces(paths: Sequence[str | Path]) -> list[RoutingTrace]:
+def open_traces(paths: Sequence[str | Path], spec: MoESpec | None = None) -> list[RoutingTrace]:
     """Open traces, and those directly inside a directory that is none, by name.
 
-    Raises UserError for a path without a trace, and for traces of different models.
+    Routing that another server recorded (see `core.trace_import`) needs the model's `spec`. Raises
+    UserError for a path without a trace, and for traces of different models.
     """
     traces = []
     for path in map(Path, paths):
+        if is_recorded(path):
+            if spec is None:
+                raise UserError(f"{path} does not tell its model: give --model")
+            traces.append(import_traces([path], spec))
+            continue
         if (path / HEADER).is_file() or not path.is_dir():
             traces.append(RoutingTrace.open(path))
             continue

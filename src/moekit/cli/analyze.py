@@ -26,6 +26,7 @@ from moekit.core.errors import UserError
 if TYPE_CHECKING:
     from moekit.analyze import Analysis, Result
     from moekit.core.record import RunRecord
+    from moekit.core.spec import MoESpec
     from moekit.core.trace import RoutingTrace
     from moekit.core.view import MoEView
 
@@ -38,7 +39,8 @@ def analyze(
         typer.Argument(
             metavar="TRACE...",
             help="Traces that `moekit trace` wrote, or directories of traces such as the probes of "
-            "a training run. Traces without training steps are read as one text.",
+            "a training run, or with --model routing that vLLM or SGLang returned (.npy, .json, "
+            ".jsonl). Traces without training steps are read as one text.",
             show_default=False,
         ),
     ],
@@ -92,9 +94,13 @@ def analyze(
         from moekit.core.record import start_record
         from moekit.core.trace_files import HEADER
 
-        opened = open_traces(traces)
+        opened = open_traces(traces, _recorded_spec(model, traces))
         options = {"measure": names, "set": chosen, "model": model, "dtype": str(dtype)}
-        headers = [file for path in traces for file in sorted(path.glob(f"**/{HEADER}"))]
+        headers = [
+            file
+            for path in traces
+            for file in ([path] if path.is_file() else sorted(path.glob(f"**/{HEADER}")))
+        ]
         record = start_record("analyze", options, seed=seed, inputs=headers)
         view = _view(model, opened, dtype, seed, threads)
         with progress("analyze", "measures") as update:
@@ -137,6 +143,18 @@ def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
             parsed = value
         settings.setdefault(measure, {})[option] = parsed
     return settings
+
+
+def _recorded_spec(model: str | None, paths: list[Path]) -> MoESpec | None:
+    """The spec of the model, where a path is routing that another server recorded."""
+    from moekit.core.trace_import import is_recorded
+
+    if model is None or not any(map(is_recorded, paths)):
+        return None
+    from moekit.core.load import find_config
+    from moekit.core.spec import spec_from_config
+
+    return spec_from_config(find_config(model))
 
 
 def _view(

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from moekit.core.errors import UserError
 from moekit.core.spec import MoESpec
 from moekit.core.trace import DECODE, PREFILL, RoutingTrace
-from moekit.core.trace_files import MemoryChunk, TraceHeader, TraceLayer
+from moekit.core.trace_files import HEADER, MemoryChunk, TraceHeader, TraceLayer
 
 SUFFIXES = (".npy", ".json", ".jsonl")
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
@@ -48,6 +48,12 @@ class _Text:
     ids: Ids
     tokens: Sequence[int] | None = None
     prompt: int | None = None
+
+
+def is_recorded(path: Path) -> bool:
+    """Whether a path is a file of another server, as far as its name tells."""
+    known = path.suffix in (*SUFFIXES, *PICKLES) and path.name != HEADER
+    return known and not path.is_dir()
 
 
 def import_traces(paths: Sequence[str | Path], spec: MoESpec) -> RoutingTrace:
