@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,10 +39,11 @@ def inspect(
         # Before the heavy imports, so that a wrong path is reported at once.
         config = find_config(model)
 
-        from moekit.core.memory import fit_table, memory_table
-        from moekit.core.spec import MoESpec
+        with _without_collection():
+            from moekit.core.memory import fit_table, memory_table
+            from moekit.core.spec import MoESpec
 
-        spec = MoESpec.from_dir(config)
+            spec = MoESpec.from_dir(config)
         stored = _stored(config)
         memory = memory_table(spec.params.parts)
         fits = fit_table(spec.params.parts)
@@ -58,6 +61,18 @@ def inspect(
                 "fits": {str(size): [asdict(fit) for fit in row] for size, row in fits.items()},
             }
         )
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection: imports and a meta model make millions of objects that stay."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _stored(config: Path) -> dict[str, Any] | None:
