@@ -76,6 +76,90 @@ def babel_quality(record: dict[str, Any]) -> str:
     )
 
 
+def babel_analysis(record: dict[str, Any]) -> str:
+    found, options = record["metrics"], record["options"]
+    parts = [
+        "## What babel's routing shows",
+        "`benchmarks/babel_analysis.py`. Claims of papers about large models, checked on babel by "
+        f"rules that the script states. Text: up to {options['documents']} documents of a domain "
+        f"of `valid`, {options['length']} tokens of each; {options['sentences']} parallel "
+        "sentences a language. " + machine(record),
+        table(
+            ["claim", "verdict", "numbers"],
+            [
+                [f"{row['claim']} ({row['paper']})", f"**{row['verdict']}**", _numbers(row)]
+                for row in found["claims"]
+            ],
+        ),
+        "Rules: " + " ".join(f"({n}) {row['rule']}." for n, row in enumerate(found["claims"], 1)),
+        "Which experts serve whom: mutual information with the expert in bits (under exchange of "
+        "labels between documents: mean), layers with p <= 0.05, and pairs beyond 95 % of the "
+        "largest nPMI under exchange.",
+    ]
+    rows = []
+    for name, serving in found["serving"].items():
+        layers = serving["layers"]
+        rows.append(
+            [
+                name,
+                serving["documents"],
+                " ".join(f"{layer['bits']:.2f} ({layer['chance']:.2f})" for layer in layers),
+                f"{sum(layer['p'] <= 0.05 for layer in layers)} of {len(layers)}",
+                sum(serving["specialists"]),
+            ]
+        )
+    parts.append(
+        table(["labels", "documents", "bits (chance) by layer", "significant", "pairs"], rows)
+    )
+    parts.append("The strongest significant expert of every domain and language:")
+    parts.append(
+        table(
+            ["served", "layer", "expert", "nPMI"],
+            [
+                [name, best["layer"], best["expert"], f"{best['npmi']:.2f}"]
+                for labels in ("domain", "language")
+                for name, best in sorted(found["serving"][labels]["strongest"].items())
+            ],
+        )
+    )
+    ablated = found["ablations"]
+    parts.append(
+        f"Loss (nats a token, {ablated['loss']:.3f} without) when a layer's routing is exchanged "
+        f"at random, over {ablated['tokens']:,} tokens, 95 % interval with documents as what "
+        f"varies. Of the {ablated['experts_ablated']} most used experts "
+        f"{ablated['experts_that_matter']} raise the loss when banned, with an interval above 0."
+    )
+    coupling = {row["layer"]: row for row in found["coupling"]["layers"]}
+    twins = {row["layer"]: row for row in found["redundancy"]["layers"]}
+    rows = [
+        [
+            row["layer"],
+            f"{row['loss change']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+            f"{coupling[row['layer']]['own rows']:.2f} (p {coupling[row['layer']]['p']:.3f})",
+            f"{twins[row['layer']]['weights max']:.2f}",
+            f"{twins[row['layer']]['outputs max']:.2f}",
+            f"{twins[row['layer']]['cka']:.2f}",
+        ]
+        for row in sorted(ablated["layers"], key=lambda row: row["layer"])
+    ]
+    header = ["layer", "loss change", "router rows that excite their own expert most"]
+    header += ["most alike weights", "most alike outputs", "mean CKA"]
+    parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def _numbers(claim: dict[str, Any]) -> str:
+    """The few numbers of a claim that decide it."""
+    numbers, shown = claim["numbers"], []
+    for name, value in numbers.items():
+        if isinstance(value, float | int):
+            text = str(value) if isinstance(value, int) else f"{value:.3f}"
+            shown.append(f"{name.replace('_', ' ')} {text}")
+        elif isinstance(value, list) and value and isinstance(value[0], float):
+            shown.append(f"{name.replace('_', ' ')} " + " ".join(f"{v:.3f}" for v in value))
+    return "; ".join(shown)
+
+
 def convert_memory(record: dict[str, Any]) -> str:
     found = record["metrics"]
     rows = [
@@ -100,6 +184,7 @@ def convert_memory(record: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "babel_quality": babel_quality,
+    "babel_analysis": babel_analysis,
     "convert_memory": convert_memory,
 }
 
