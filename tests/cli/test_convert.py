@@ -126,3 +126,18 @@ def test_interrupt_and_resume(tiny, moekit, tmp_path, monkeypatch):
     assert f"Resuming {partial}" in again.err
     assert os.listdir(tmp_path) == ["out"]
     assert torch.allclose(logits(tiny), logits(out), atol=1e-5)
+
+
+def test_packed(moekit, refused, tiny, tmp_path):
+    from moekit.runtime.store import ExpertStore
+
+    done = moekit("convert", tiny, tmp_path / "out", "--to", "packed", "--codec", "bf16")
+    assert done.code == 0
+    assert done.out.startswith(f"wrote {tmp_path / 'out'}: ")
+    assert "packed from per-expert" in done.out
+    with ExpertStore.open(tmp_path / "out") as store:
+        assert store.layers[0].codecs[0].name == "bf16"
+    message = refused("convert", tiny, tmp_path / "x", "--to", "fused", "--group-size", "64")
+    assert "--codec and --group-size do not apply to --to fused" in message
+    message = refused("convert", tiny, tmp_path / "x", "--to", "packed", "--codec", "int5")
+    assert "no codec method is named 'int5'" in message

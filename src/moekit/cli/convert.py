@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +21,7 @@ from moekit.cli.common import (
     output,
     progress,
 )
+from moekit.core.errors import UserError
 from moekit.core.memory import bytes_of, format_bytes
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Layout(StrEnum):
 
     fused = "fused"
     per_expert = "per-expert"
+    packed = "packed"
 
 
 def convert(
@@ -44,7 +47,8 @@ def convert(
         typer.Option(
             "--to",
             help="fused: one bank of experts per layer, which loads fastest. per-expert: the "
-            "layout most models are published in.",
+            "layout most models are published in. packed: encoded experts that are read one by "
+            "one, for running with less memory than the model.",
             show_default=False,
         ),
     ],
@@ -56,6 +60,20 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Size of a shard, such as 5GB or 512MiB.")
     ] = "5GB",
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How --to packed encodes the experts; int4 unless given (`moekit list --kind "
+            "codec`).",
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Columns that share a scale with --to packed: 32 (default), 64, 128."
+        ),
+    ] = None,
     copy_code: Annotated[
         bool, typer.Option("--copy-code", help="Also copy Python files; they are never run.")
     ] = False,
@@ -82,12 +100,20 @@ def convert(
         from moekit.core.plan import ExpertPlan
 
         loaded = None if plan is None else ExpertPlan.load(plan)
+        if to is not Layout.packed and (codec is not None or group_size is not None):
+            raise UserError(f"--codec and --group-size do not apply to --to {to.value}.")
+        write = functools.partial(convert_checkpoint, to=to.value)
+        if to is Layout.packed:
+            from moekit.core.pack import DEFAULT_CODEC, DEFAULT_GROUP_SIZE, pack
+
+            write = functools.partial(
+                pack, codec=codec or DEFAULT_CODEC, group_size=group_size or DEFAULT_GROUP_SIZE
+            )
         with progress("writing", "B") as advance:
-            result = convert_checkpoint(
+            result = write(
                 source,
                 out,
-                to.value,
-                loaded,
+                plan=loaded,
                 dtype=None if dtype is Dtype.auto else dtype.value,
                 max_shard_bytes=shard_bytes,
                 copy_code=copy_code,

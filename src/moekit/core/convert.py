@@ -37,6 +37,7 @@ from moekit.core.model_files import edited_config, side_files
 from moekit.core.plan import ExpertPlan
 from moekit.core.record import RECORD_FILE, FileHash, start_record
 from moekit.core.registry import register_preset
+from moekit.core.shards import Shard
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,11 +68,15 @@ class Converted:
 
 
 @dataclass
-class _Work:
-    """A prepared conversion: what to write, in order, and the config that goes with it."""
+class Work:
+    """A prepared conversion: what to write, in order, and the config that goes with it.
+
+    `unused` are the names of tensors that the model class has no place for.
+    """
 
     tensors: dict[str, Deferred]
     config: dict[str, Any]
+    unused: set[str]
     result: Converted
 
 
@@ -103,58 +108,103 @@ def convert(
     """
     if to not in LAYOUTS:
         raise UserError(f"--to {to!r} is no layout; there are {' and '.join(LAYOUTS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}.")
     source, target = Path(model), Path(out)
-    _check_places(source, target)
-    check_output(target, overwrite)
-    if plan is not None and not isinstance(plan, ExpertPlan):
-        plan = ExpertPlan.load(plan)
-    options = {
-        "to": to,
-        "dtype": dtype,
-        "plan": None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16],
-        "copy_code": copy_code,
-    }
+    plan = check_request(source, target, plan, dtype, overwrite)
+    options = {"to": to, "dtype": dtype, "plan": plan_hash(plan), "copy_code": copy_code}
     with Checkpoint(source) as checkpoint:
-        work = _prepare(checkpoint, to, plan, dtype, target)
-        copied, left_out = side_files(source, copy_code)
-        if left_out:
-            work.result.notes.append(f"Not copied: {', '.join(left_out)}.")
-        record = None if dry_run else start_record("convert", {"model": source, **options})
-        writer = CheckpointWriter(
-            target,
-            {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in work.tensors.items()},
-            identity={"model": str(source.resolve()), "files": _state(checkpoint), **options},
+        work = prepare(checkpoint, to, plan, dtype, target)
+        return write_model(
+            work,
+            checkpoint,
+            options,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             restart=restart,
+            dry_run=dry_run,
+            progress=progress,
+            note=note,
         )
-        work.result.shards = len(writer.shard_files)
-        if record is None:
-            moved = work.result.bytes + work.result.source_bytes
-            work.result.seconds = moved / ASSUMED_BYTES_PER_SECOND
-            return work.result
-        with writer:
-            work.result.resumed_bytes = writer.resumed_bytes
-            if writer.resumed_bytes and note is not None:
-                note(writer.resume_note())
-            _write_tensors(writer, work.tensors, progress)
-            for name, path in copied.items():
-                writer.write_file(name, path.read_bytes())
-            writer.write_file("config.json", json.dumps(work.config, indent=2) + "\n")
-            record.inputs = [FileHash.of(path) for path in checkpoint.files]
-            record.finish(
-                {"bytes": work.result.bytes, "tensors": work.result.tensors},
-                [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
-            )
-            writer.write_file(RECORD_FILE, record.to_json())
-            writer.commit()
-    work.result.seconds = record.seconds
+
+
+def check_request(
+    source: Path,
+    target: Path,
+    plan: ExpertPlan | str | os.PathLike[str] | None,
+    dtype: str | None,
+    overwrite: bool,
+) -> ExpertPlan | None:
+    """Refuse what every conversion refuses before it opens the checkpoint; loads the plan."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is unknown; there are {', '.join(DTYPES)}.")
+    _check_places(source, target)
+    check_output(target, overwrite)
+    return plan if plan is None or isinstance(plan, ExpertPlan) else ExpertPlan.load(plan)
+
+
+def plan_hash(plan: ExpertPlan | None) -> str | None:
+    return None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+
+
+def write_model(
+    work: Work,
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+    restart: bool,
+    dry_run: bool,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
+    shards: list[Shard] | None = None,
+    header: Callable[[Mapping[str, Path]], tuple[str, str]] | None = None,
+) -> Converted:
+    """Write prepared tensors, config, side files and record to `work.result.out`.
+
+    `options` tell one conversion from another when it resumes; `copy_code` among them is heeded.
+    `shards` lays the tensors out; `header` then gives the name and content of the file that says
+    where they lie, from the finished shards (name -> path). The rest is as for `convert`.
+    """
+    source, result = checkpoint.directory, work.result
+    copied, left_out = side_files(source, options["copy_code"])
+    if left_out:
+        result.notes.append(f"Not copied: {', '.join(left_out)}.")
+    record = None if dry_run else start_record("convert", {"model": source, **options})
+    writer = CheckpointWriter(
+        result.out,
+        {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in work.tensors.items()},
+        identity={"model": str(source.resolve()), "files": state_of(checkpoint), **options},
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        restart=restart,
+        shards=shards,
+    )
+    result.shards = len(writer.shard_files)
+    if record is None:
+        result.seconds = (result.bytes + result.source_bytes) / ASSUMED_BYTES_PER_SECOND
+        return result
+    with writer:
+        result.resumed_bytes = writer.resumed_bytes
+        if writer.resumed_bytes and note is not None:
+            note(writer.resume_note())
+        _write_tensors(writer, work.tensors, progress)
+        for name, path in copied.items():
+            writer.write_file(name, path.read_bytes())
+        writer.write_file("config.json", json.dumps(work.config, indent=2) + "\n")
+        if header is not None:
+            writer.write_file(*header(writer.shard_paths()))
+        record.inputs = [FileHash.of(path) for path in checkpoint.files]
+        record.finish(
+            {"bytes": result.bytes, "tensors": result.tensors},
+            [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
+        )
+        writer.write_file(RECORD_FILE, record.to_json())
+        writer.commit()
+    result.seconds = record.seconds
     if note is not None:
-        for line in work.result.notes:
+        for line in result.notes:
             note(line)
-    return work.result
+    return result
 
 
 register_preset(
@@ -184,7 +234,7 @@ def _check_places(source: Path, target: Path) -> None:
         raise UserError(f"{target} overlaps the model at {source}; give another output directory.")
 
 
-def _state(checkpoint: Checkpoint) -> str:
+def state_of(checkpoint: Checkpoint) -> str:
     """Changes when the source does: names, sizes and times of its files."""
     files = [*checkpoint.files, checkpoint.directory / "config.json"]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -203,13 +253,14 @@ def _write_tensors(
                 progress(writer.written_bytes, writer.total_bytes)
 
 
-def _prepare(
+def prepare(
     checkpoint: Checkpoint,
     to: str,
     plan: ExpertPlan | None,
     dtype: str | None,
     target: Path,
-) -> _Work:
+) -> Work:
+    """What `convert` with these arguments would write, lazily; raises as it does."""
     raw = read_json(checkpoint.directory / "config.json")
     config = original = read_config(checkpoint.directory)
     quantization = quantization_of(raw)
@@ -254,7 +305,8 @@ def _prepare(
         notes=notes,
     )
     ordered = {name: tensors[name] for name in sorted(tensors, key=dot_natural_key)}
-    return _Work(ordered, edited_config(raw, original, config, dtype), result)
+    left = set(unused) & set(ordered)
+    return Work(ordered, edited_config(raw, original, config, dtype), left, result)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from moekit.core.architecture import read_config
 from moekit.core.checkpoint import INDEX_FILE
 from moekit.core.errors import UserError
+from moekit.core.packed import PACKED_FILE
 from moekit.core.record import RECORD_FILE
 
 # Everything else in a model's directory is left out: pickles can run code, other weight formats
@@ -20,7 +21,7 @@ COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md", ".tiktoken", ".vo
 COPIED_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 COPIED_DIRECTORIES = ("additional_chat_templates",)
 CODE_SUFFIX = ".py"
-WRITTEN_ANEW = {"config.json", INDEX_FILE, RECORD_FILE}
+WRITTEN_ANEW = {"config.json", INDEX_FILE, RECORD_FILE, PACKED_FILE}
 
 
 def side_files(directory: Path, code: bool = False) -> tuple[dict[str, Path], list[str]]:

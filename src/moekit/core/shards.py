@@ -10,6 +10,10 @@ from typing import Any
 
 from moekit.core.checkpoint import DTYPE_NAMES, SINGLE_FILE, TensorInfo
 
+MODEL = SINGLE_FILE.removesuffix(".safetensors")
+# Loaders map the file; tensors that start on a cache line suit vector instructions.
+CACHE_LINE = 64
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -21,7 +25,9 @@ class Shard:
     size: int
 
 
-def _header(names: list[str], tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def _header(
+    names: list[str], tensors: Mapping[str, TensorInfo], align: int
+) -> tuple[bytes, dict[str, int]]:
     """The safetensors header of one shard and the absolute offset of each tensor in it."""
     offsets, position = {}, 0
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -36,15 +42,19 @@ def _header(names: list[str], tensors: Mapping[str, TensorInfo]) -> tuple[bytes,
         }
         offsets[name], position = position, end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    # Loaders map the file; tensors that start on a cache line suit vector instructions.
-    text += b" " * (-(len(text) + 8) % 64)
+    text += b" " * (-(len(text) + 8) % align)
     header = struct.pack("<Q", len(text)) + text
     return header, {name: len(header) + offset for name, offset in offsets.items()}
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
+def plan_shards(
+    tensors: Mapping[str, TensorInfo],
+    max_bytes: int,
+    stem: str = MODEL,
+    align: int = CACHE_LINE,
+) -> list[Shard]:
     """Fill shards in order up to `max_bytes`; a larger tensor gets a shard of its own, because the
-    format cannot split one."""
+    format cannot split one. `stem` begins the file names; data starts at a multiple of `align`."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, info in tensors.items():
@@ -55,10 +65,10 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard
         used += info.nbytes
     shards = []
     for number, names in enumerate(groups, start=1):
-        file = SINGLE_FILE
+        file = f"{stem}.safetensors"
         if len(groups) > 1:
-            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        header, offsets = _header(names, tensors)
+            file = f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+        header, offsets = _header(names, tensors, align)
         size = len(header) + sum(tensors[name].nbytes for name in names)
         shards.append(Shard(file, header, offsets, size))
     return shards

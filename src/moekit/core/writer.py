@@ -86,7 +86,8 @@ class CheckpointWriter:
 
     `identity` (plain JSON values) says what is being written. A left-over `out.partial` with the
     same identity is continued (`resumed_bytes` > 0); another one is refused. `restart` discards it.
-    `overwrite` lets `commit` replace an existing checkpoint directory at `out`.
+    `overwrite` lets `commit` replace an existing checkpoint directory at `out`. `shards` lays the
+    tensors out otherwise than `plan_shards` does; then the caller also writes what tells where.
 
     `written_bytes` of `total_bytes` counts tensor data, including that of the interrupted run.
 
@@ -103,6 +104,7 @@ class CheckpointWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
         restart: bool = False,
+        shards: list[Shard] | None = None,
     ) -> None:
         # A link would be replaced by the directory instead of followed by the final rename.
         self.out = Path(os.path.realpath(out))
@@ -115,7 +117,8 @@ class CheckpointWriter:
         self.resumed_bytes = 0
         self.committed = False
         self._order = list(self.tensors)
-        self._shards = plan_shards(self.tensors, max_shard_bytes)
+        self._shards = plan_shards(self.tensors, max_shard_bytes) if shards is None else shards
+        self._indexed = shards is None and len(self._shards) > 1
         self._shard_of = {name: shard for shard in self._shards for name in shard.offsets}
         self._index = 0
         self._done = 0
@@ -350,7 +353,7 @@ class CheckpointWriter:
                     self._select_shard(shard)
             self._close_shard()
             self._journal()
-            if len(self._shards) > 1:
+            if self._indexed:
                 weight_map = {name: self._shard_of[name].file for name in self._order}
                 metadata = {"total_size": self.total_bytes}
                 index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

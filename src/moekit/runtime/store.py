@@ -1,0 +1,301 @@
+"""`ExpertStore`: the experts of a packed model, read one at a time from disk, never a wrong one.
+
+Reads are direct where the file system can, so the page cache neither hides what a read costs nor
+takes memory that the budget does not know of. Whatever keeps a read from giving exactly the bytes
+that were packed raises `StoreError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from moekit.core.checkpoint import Checkpoint, read_header
+from moekit.core.errors import UserError
+from moekit.core.packed import (
+    PAGE,
+    ExpertParts,
+    PackedHeader,
+    PackedLayer,
+    check_record,
+    read_parts,
+)
+
+_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+class StoreError(UserError):
+    """A packed model that cannot be read as it was written; names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    file: str
+    offset: int
+    size: int
+
+
+@dataclass
+class StoreStats:
+    """What a store has read: experts, read calls and bytes from its files, records verified."""
+
+    experts: int = 0
+    reads: int = 0
+    bytes: int = 0
+    verified: int = 0
+
+
+class ExpertStore:
+    """The experts of a packed model directory, by MoE layer (0, 1, ...) and expert.
+
+    `layers` describes them and `stats` counts what was read. May be used from several threads.
+    Opening checks the header, the presence and the size of every file, and reads no expert.
+    """
+
+    def __init__(
+        self, path: Path, header: PackedHeader, records: dict[str, _Record], direct: bool
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.layers: tuple[PackedLayer, ...] = header.layers
+        self.stats = StoreStats()
+        self._records = records
+        self._direct = direct
+        # By name and whether opened for direct reads: another thread may still be reading.
+        self._files: dict[tuple[str, bool], int] = {}
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, direct: bool = True) -> ExpertStore:
+        """Open the packed model in directory `path`; `direct` avoids the page cache.
+
+        Raises `UserError` for a directory without a packed model and `StoreError` for one whose
+        files are missing, cut short or not those that the header describes.
+        """
+        directory = Path(path)
+        header = PackedHeader.read(directory)
+        found: dict[str, _Record] = {}
+        for name in (*header.resident_files, *header.expert_files):
+            file = directory / name
+            if not file.is_file():
+                raise StoreError(f"{file} is missing; copy it again or convert the model again.")
+            try:
+                entries = read_header(file)
+            except (UserError, OSError) as error:
+                raise StoreError(str(error)) from None
+            for tensor, entry in entries.items():
+                found[tensor] = _Record(name, entry.start, entry.stop - entry.start)
+        _check_tensors(directory, header, found)
+        return cls(directory, header, found, direct)
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache; False once a file system has refused it."""
+        return self._direct
+
+    def num_planes(self, layer: int, expert: int) -> int:
+        return self.layers[layer].num_planes(expert)
+
+    def nbytes(self, layer: int, expert: int, planes: int | None = None) -> int:
+        """Bytes that reading an expert, or its first `planes` planes, takes on disk and in
+        memory."""
+        return sum(record.size for record in self._planes(layer, expert, planes))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(
+            self.nbytes(position, expert)
+            for position, layer in enumerate(self.layers)
+            for expert in range(layer.num_experts)
+        )
+
+    def read(self, layer: int, expert: int, planes: int | None = None) -> ExpertParts:
+        """Read an expert, or its first `planes` planes, into memory of its own."""
+        return self.read_into(
+            page_aligned(self.nbytes(layer, expert, planes)), layer, expert, planes
+        )
+
+    def read_into(
+        self, buffer: Tensor, layer: int, expert: int, planes: int | None = None
+    ) -> ExpertParts:
+        """Read an expert into `buffer` (bytes, `page_aligned`); the result is views into it.
+
+        Raises `StoreError`, and then what the buffer holds is worth nothing.
+        """
+        records = self._planes(layer, expert, planes)
+        size = sum(record.size for record in records)
+        if buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) < size:
+            raise ValueError(
+                f"an expert of {size} bytes does not fit {buffer.dtype} {buffer.shape}"
+            )
+        start, pieces = 0, []
+        for run in _runs(records):
+            length = sum(record.size for record in run)
+            self._read(run[0].file, run[0].offset, buffer[start : start + length])
+            start += length
+        start = 0
+        for plane, record in enumerate(records):
+            pieces.append(buffer[start : start + record.size])
+            self._check(layer, expert, plane, pieces[-1])
+            start += record.size
+        with self._lock:
+            self.stats.experts += 1
+        return read_parts(self.layers[layer], expert, pieces)
+
+    def resident(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the resident part, by the model's parameter names, each verified."""
+        for name in self.header.resident_files:
+            try:
+                with Checkpoint(self.path / name) as file:
+                    for tensor in file.names():
+                        yield tensor, self._resident(file, tensor)
+            except OSError as error:
+                raise self._unreadable(name, error) from None
+
+    def _resident(self, file: Checkpoint, name: str) -> Tensor:
+        tensor = file.get(name)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if crc != self.header.resident[name]:
+            raise StoreError(
+                f"{file.path}: tensor {name} is damaged: its checksum is {crc:08x} instead of "
+                f"{self.header.resident[name]:08x}. Copy the file again or convert the model again."
+            )
+        return tensor
+
+    def _planes(self, layer: int, expert: int, planes: int | None) -> list[_Record]:
+        if not 0 <= layer < len(self.layers):
+            raise IndexError(f"layer {layer} of {len(self.layers)}")
+        described = self.layers[layer]
+        if not 0 <= expert < described.num_experts:
+            raise IndexError(f"expert {expert} of {described.num_experts} in layer {layer}")
+        count = described.num_planes(expert)
+        if planes is not None and not 1 <= planes <= count:
+            raise IndexError(f"{planes} of {count} planes of expert {expert} in layer {layer}")
+        return [
+            self._records[described.tensor_name(expert, plane)]
+            for plane in range(count if planes is None else planes)
+        ]
+
+    def _check(self, layer: int, expert: int, plane: int, piece: Tensor) -> None:
+        name = self.layers[layer].tensor_name(expert, plane)
+        first = name not in self._verified
+        view = piece.numpy().data
+        wrong = check_record(self.header, layer, expert, plane, view, whole=first)
+        if wrong is not None:
+            record = self._records[name]
+            raise StoreError(
+                f"{self.path / record.file}: expert {expert} of layer {layer} (plane {plane}, "
+                f"bytes {record.offset} to {record.offset + record.size}) is damaged: {wrong}. "
+                "Copy the file again or convert the model again."
+            )
+        if first:
+            with self._lock:
+                self._verified.add(name)
+                self.stats.verified += 1
+
+    def _read(self, name: str, offset: int, into: Tensor) -> None:
+        view = into.numpy().data
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._file(name), [view[done:]], offset + done)
+            except OSError as error:
+                if error.errno in _NO_DIRECT and self._direct:
+                    self._direct = False
+                    continue
+                raise self._unreadable(name, error) from None
+            with self._lock:
+                self.stats.reads += 1
+                self.stats.bytes += count
+            if count == 0:
+                raise StoreError(
+                    f"{self.path / name} became shorter while it was open: bytes {offset} to "
+                    f"{offset + len(view)} were asked for and it ends at {offset + done}."
+                )
+            done += count
+
+    def _file(self, name: str) -> int:
+        with self._lock:
+            key = (name, self._direct)
+            if key not in self._files:
+                flags = os.O_RDONLY | (os.O_DIRECT if self._direct else 0)
+                self._files[key] = os.open(self.path / name, flags)
+            return self._files[key]
+
+    def _unreadable(self, name: str, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self.path / name} cannot be read: {error.strerror or error}. Nothing that was read "
+            "is used; check the disk, then copy the file again or convert the model again."
+        )
+
+    def close(self) -> None:
+        """Close the files, when nobody reads any more; reading again opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def page_aligned(size: int) -> Tensor:
+    """Bytes [size] that begin at a page, as direct reads need, given back when they are freed."""
+    return torch.frombuffer(mmap.mmap(-1, max(size, PAGE)), dtype=torch.uint8)[:size]
+
+
+def _runs(records: list[_Record]) -> Iterator[list[_Record]]:
+    """Records that lie one after the other, to be fetched by one read."""
+    run: list[_Record] = []
+    for record in records:
+        if run and (run[-1].file, run[-1].offset + run[-1].size) != (record.file, record.offset):
+            yield run
+            run = []
+        run.append(record)
+    if run:
+        yield run
+
+
+def _check_tensors(directory: Path, header: PackedHeader, found: dict[str, _Record]) -> None:
+    wanted = {}
+    for layer in header.layers:
+        for expert in range(layer.num_experts):
+            for plane in range(layer.num_planes(expert)):
+                name = layer.tensor_name(expert, plane)
+                wanted[name] = layer.record(expert, plane).size
+    for name, size in wanted.items():
+        record = found.get(name)
+        if record is None or record.file not in header.expert_files:
+            raise StoreError(f"{directory}: {name} is in no file of experts; convert it again.")
+        if record.size != size or record.offset % PAGE:
+            raise StoreError(
+                f"{directory / record.file}: {name} has {record.size} bytes at {record.offset}; "
+                f"expected {size} at a multiple of {PAGE}. Convert the model again."
+            )
+    missing = sorted(set(header.resident) - set(found)) or sorted(
+        set(found) - set(header.resident) - set(wanted)
+    )
+    if missing:
+        raise StoreError(
+            f"{directory}: {missing[0]} is in only one of the header and the files; they belong "
+            "to different models. Convert the model again."
+        )
