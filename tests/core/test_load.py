@@ -152,9 +152,7 @@ def test_a_missing_tensor_is_not_made_up(tiny):
 def test_a_missing_expert_is_not_made_up(tiny):
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
     edit_weights(tiny, lambda weights: weights.pop(name))
-    with pytest.raises(
-        UserError, match=r"down_proj has shape \[3, 32, 16\].*\[4, 32, 16\]"
-    ):
+    with pytest.raises(UserError, match=r"down_proj has shape \[3, 32, 16\].*\[4, 32, 16\]"):
         load(tiny)
 
 
