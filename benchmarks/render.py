@@ -63,7 +63,8 @@ def babel_quality(record: dict[str, Any]) -> str:
             f"`benchmarks/babel_quality.py`. babel has {found['babel']['parameters']:,} "
             f"parameters, its dense twin {found['dense']['parameters']:,}: the same active "
             "parameters, tokens, order and schedule (`recipes/babel.yaml`, "
-            "`recipes/babel-dense.yaml`). Bits per byte on `valid`, windows of 512 tokens with a "
+            "`recipes/babel-dense.yaml`). Bits per byte on `valid` as `moekit train` measured them "
+            "when the runs ended (fp32 weights under bf16 autocast), windows of 512 tokens with a "
             "stride of 256. xz: what `xz -9` adds for the validation text after the training text. "
             + machine(record),
             table(["domain", "babel", "dense twin", "xz -9"], rows),
@@ -196,7 +197,7 @@ def render() -> str:
         path = HERE / "results" / f"{name}.json"
         if path.is_file():
             parts.append(section(json.loads(path.read_text())))
-    return "\n".join(parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def main() -> None:
