@@ -47,7 +47,7 @@ def apply_plan(
     others = [name for name in plan.uses() if name not in APPLIED]
     if others:
         raise UserError(
-            f"The plan asks for {', '.join(others)}; convert applies {' and '.join(APPLIED)} only. "
+            f"The plan asks for {', '.join(others)}; convert applies {' and '.join(sorted(APPLIED))} only. "
             f"Take {', '.join(others)} out of the plan."
         )
     kept = {
