@@ -35,7 +35,8 @@ class Analysis:
 
 def measures() -> list[Method]:
     """The registered measures that read traces, or the weights alone."""
-    return [m for m in registry.methods(kind="measure") if {"trace", "weights"} & set(m.needs)]
+    found = registry.methods(kind="measure")
+    return [m for m in found if "trace" in m.needs or set(m.needs) == {"weights"}]
 
 
 def analyze(
