@@ -27,7 +27,8 @@ from moekit.core.errors import UserError
 if TYPE_CHECKING:
     from moekit.report import Facts, Subject
 
-BATCH = 8
+# Large batches, since every batch runs every expert; but logits of a batch stay below this.
+LARGEST_BATCH, LOGITS_BYTES = 64, 512 * 2**20
 # Short enough for a few sequences of each domain, which tests against chance need.
 SEQ_LEN = 256
 QUALITY_BYTES = 4096
@@ -135,7 +136,7 @@ def _check(subjects: list[Subject], data: list[str] | None) -> None:
     for subject in subjects:
         if data and subject.source is None:
             raise UserError(f"--data needs a model to run, and {subject.name} is none")
-        if data and (subject.recorded or subject.stats is not None):
+        if data and (subject.traces or subject.stats is not None):
             raise UserError(
                 f"{subject.name}: --data would trace it again; leave --data or the trace away"
             )
@@ -205,8 +206,9 @@ def _run(
     samples = list(sequences(loaded.tokenizer, texts, length, max_tokens))
     writer = TraceWriter()
     view = MoEView(loaded.model)
+    size = LOGITS_BYTES // (4 * length * max(loaded.spec.vocab_size, 1))
+    batches = list(pad_batches(samples, min(max(size, 1), LARGEST_BATCH)))
     with progress("trace and profile", "batches") as update:
-        batches = list(pad_batches(samples, BATCH))
         subject.stats = profile(view, batches, sinks=[writer], progress=update)
     subject.traces = [writer.trace]
     with progress("loss", "windows") as update:

@@ -9,8 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from moekit.analyze import Result
 from moekit.core.memory import format_bytes
 from moekit.report.facts import Facts
+from moekit.report.usage import NO_LANGUAGE
 
 Tone = Literal["good", "warn", "info"]
 
@@ -103,7 +105,7 @@ def _specialisation(facts: Facts) -> Conclusion | None:
             "layers, no more than would be so by accident.",
             "domains",
         )
-    strongest = _strongest(result.rows)
+    strongest = _strongest(result)
     detail = (
         f"In {found} of {layers} layers the choice of experts tells about the domain, more than "
         f"chance would (p ≤ {SIGNIFICANT})."
@@ -122,7 +124,7 @@ def _languages(facts: Facts) -> Conclusion | None:
     if not _beyond_chance(found, len(above)):
         return None
     layer = result.rows[int(np.argmax(above))][0]
-    strongest = _strongest(result.rows)
+    strongest = _strongest(result)
     detail = (
         f"Experts separate languages beyond chance in {found} of {len(above)} layers, most in "
         f"layer {layer}."
@@ -141,14 +143,19 @@ def _beyond_chance(found: int, layers: int) -> bool:
     return tail <= SIGNIFICANT
 
 
-def _strongest(rows: object) -> str:
-    """The pair of expert and domain that stands out most, from specialisation's rows."""
-    named = [row for row in rows if row[5]]  # type: ignore[attr-defined]
-    if not named:
+def _strongest(result: Result) -> str:
+    """The pair of expert and domain or language that stands out most."""
+    layers = result.column("layer")
+    found = [
+        (float(item["npmi"]), layer, item)
+        for layer, specialists in zip(layers, result.detail["specialists"], strict=True)
+        for item in specialists
+        if item["domain"] != NO_LANGUAGE
+    ]
+    if not found:
         return ""
-    layer, *_, pair, _ = max(named, key=lambda row: row[6])
-    expert, _, domain = str(pair).partition(" ")
-    return f"expert {expert} of layer {layer} for {domain}"
+    _, layer, item = max(found, key=lambda entry: entry[0])
+    return f"expert {item['expert']} of layer {layer} for {item['domain']}"
 
 
 def _token_identity(facts: Facts) -> Conclusion | None:

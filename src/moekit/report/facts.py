@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moekit.analyze import Result, analyze
 from moekit.analyze.reading import check_filled
-from moekit.analyze.traces import in_order_of_training, joined
+from moekit.analyze.traces import joined
 from moekit.core.errors import UserError
 from moekit.core.trace import RoutingTrace
 from moekit.report.memory_forecast import MemoryForecast, memory_forecast
@@ -88,10 +88,12 @@ def gather(
     `memory` in bytes asks for the cache forecast, which needs `spec`. Raises UserError where there
     is neither a trace nor stats, where nothing was recorded, and for parts of different models.
     """
-    course = in_order_of_training(subject.traces) if subject.traces else None
     trace = None
     if subject.traces:
-        trace = course[-1] if course else joined(subject.traces)
+        trace = joined(subject.traces)
+    elif subject.probes and subject.stats is None:
+        trace = subject.probes[-1]
+    if trace is not None:
         check_filled(trace)
     usage = _usage(subject, trace)
     facts = Facts(
@@ -115,9 +117,9 @@ def gather(
             facts.languages = _languages(usage, trace, languages, seed)
         if tokenizer is not None:
             facts.text = token_text(trace, tokenizer)
-    if course is not None:
+    if len(subject.probes) > 1:
         for name in OF_TRAINING:
-            _try(facts, name, course, None, seed, say)
+            _try(facts, name, subject.probes, None, seed, say)
     facts.bits_per_byte = dict(
         bits_per_byte or (subject.training.bits_per_byte if subject.training else {})
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.analyze import Result, open_traces
+from moekit.analyze.traces import in_order_of_training
 from moekit.core.errors import UserError
 from moekit.core.record import RECORD_FILE, RunRecord
 from moekit.core.stats import ExpertStats
@@ -33,14 +34,13 @@ class TrainingRun:
 class Subject:
     """One model as far as it is known: `source` to load it from, and what was measured before.
 
-    `traces` are the probes of a training run in order, or one trace; `recorded` says whether they
-    were named themselves and not found in a model's directory.
+    `traces` are of one text, `probes` of one text at several steps of training, in order.
     """
 
     name: str
     source: str | None = None
     traces: list[RoutingTrace] = field(default_factory=list)
-    recorded: bool = False
+    probes: list[RoutingTrace] = field(default_factory=list)
     stats: ExpertStats | None = None
     results: dict[str, Result] = field(default_factory=dict)
     training: TrainingRun | None = None
@@ -105,13 +105,17 @@ def _read_model(subject: Subject, name: str) -> None:
         return
     if (found / "training" / LOG).is_file():
         _read_training(subject, str(found / "training"))
-        subject.recorded = False
     if (found / RECORD_FILE).is_file():
         subject.record = RunRecord.load(found)
 
 
 def _read_trace(subject: Subject, name: str) -> None:
-    subject.traces, subject.recorded = open_traces([name]), True
+    found = open_traces([name])
+    course = in_order_of_training(found)
+    if course is None:
+        subject.traces = found
+    else:
+        subject.probes = course
     if subject.record is None and (Path(name) / RECORD_FILE).is_file():
         subject.record = RunRecord.load(name)
 
@@ -157,8 +161,8 @@ def _read_training(subject: Subject, name: str) -> None:
     if not entries:
         raise UserError(f"{path} is empty: the run has not logged a step yet")
     subject.training = TrainingRun(entries, bits)
-    if not subject.traces and next(folder.glob("probes/*/trace.json"), None):
-        subject.traces, subject.recorded = open_traces([folder / "probes"]), True
+    if not subject.probes and next(folder.glob("probes/*/trace.json"), None):
+        subject.probes = in_order_of_training(open_traces([folder / "probes"])) or []
 
 
 _READERS = {

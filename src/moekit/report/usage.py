@@ -28,6 +28,7 @@ from moekit.core.trace import RoutingTrace
 Counts = NDArray[np.int64]
 # Enough for a picture of the flow; the measures read more.
 FLOW_TOKENS = 2**15
+NO_LANGUAGE = "no language"
 LANGUAGES = {
     "ar": "Arabic",
     "bn": "Bengali",
@@ -141,7 +142,7 @@ def languages_of(domains: Sequence[str]) -> list[str] | None:
     found = [language_of(domain) for domain in domains]
     if len({name for name in found if name}) < 2:
         return None
-    return [name or "no language" for name in found]
+    return [name or NO_LANGUAGE for name in found]
 
 
 def by_language(trace: RoutingTrace, languages: list[str]) -> RoutingTrace:
