@@ -1,5 +1,7 @@
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -115,16 +117,33 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(refused, tiny, data, tmp
     assert not (tmp_path / "t").exists()
 
 
-def test_ctrl_c_while_writing_leaves_nothing_that_looks_finished(tiny, tmp_path):
-    """Interrupted once chunks or their directory are there; a second run succeeds."""
-    text = tmp_path / "long.txt"
-    text.write_text(TEXTS["de"] * 3000)
+HANG_WHILE_WRITING = """
+import pathlib, sys, time
+import moekit.core.trace_files as files
+from moekit.cli.main import entry
+
+def hang(tensors, path):
+    pathlib.Path(path).write_bytes(b"half a chunk")
+    time.sleep(600)
+
+files.save_file = hang
+entry(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_writing_leaves_nothing_that_looks_finished(tiny, data, tmp_path):
+    """Interrupted with half a chunk written; a second run succeeds."""
     out = tmp_path / "t"
-    process = start("trace", tiny, text, "-o", out)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "t.partial").exists() and time.monotonic() < deadline:
+    arguments = ["trace", str(tiny), str(data), "-o", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANG_WHILE_WRITING, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("t.partial/chunk-*")) and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(0.2)  # from the end of the write into the sleep
     process.send_signal(signal.SIGINT)
     printed, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
@@ -132,7 +151,7 @@ def test_ctrl_c_while_writing_leaves_nothing_that_looks_finished(tiny, tmp_path)
     assert err.strip().startswith("interrupted: ")
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
-    again = start("trace", tiny, text, "-o", out, "--max-tokens", 50, "--json")
+    again = start(*arguments, "--max-tokens", 20, "--json")
     printed, err = again.communicate(timeout=300)
-    assert json.loads(printed)["tokens"] == 50, err
-    assert len(RoutingTrace.open(out)) == 50
+    assert json.loads(printed)["tokens"] == 20, err
+    assert len(RoutingTrace.open(out)) == 20
