@@ -39,15 +39,15 @@ def write_checkpoint(out: Path, nbytes: int, by_expert: bool) -> int:
     With `by_expert` in two layers, so large that only single experts fit into the limit, else in
     48 layers.
     """
-    layers = 2 if by_expert else 48
-    width, inner = 512, 256
+    # Wide experts, not thousands of them: statistics of E x E would outgrow the weights.
+    layers, width, inner = (2, 2048, 1024) if by_expert else (48, 512, 256)
     experts = nbytes // (layers * 3 * width * inner * 2)
     config = Qwen3MoeConfig(
         vocab_size=512,
         hidden_size=width,
         moe_intermediate_size=inner,
         num_hidden_layers=layers,
-        num_attention_heads=8,
+        num_attention_heads=width // 64,
         num_key_value_heads=2,
         head_dim=64,
         num_experts=experts,

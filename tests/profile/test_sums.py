@@ -256,3 +256,20 @@ def _runs(layer):
     from moekit.profile.experts_run import runs_choices
 
     return layer.num_choices if runs_choices(layer) else 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_rounded_numbers_of_rows_in_low_precision(family):
+    model = build_tiny(family, torch.bfloat16)
+    calls = []
+    with MoEView(model).observe(calls.append), torch.no_grad():
+        model(**tiny_inputs(family, model))
+    for call in calls:
+        rows = []
+        with torch.no_grad():
+            fast = run_routed(call.layer, call.hidden, call.ids, call.weights, rows.append)
+            slow = call.layer.run_naive(call.hidden, call.ids, call.weights).float()
+        for part in rows:
+            assert len(part.output) == len(part.middle) == len(part.tokens)
+        # bf16 rounds to 8 bits, in every product and in every sum.
+        assert (fast.float() - slow).norm() < 0.02 * slow.norm()

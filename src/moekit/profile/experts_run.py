@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moekit.core.layer import MoELayer
 from moekit.ops.experts_naive import run_down, run_up
 
 # Rows of one expert are run in pieces, so that a large batch does not need large activations.
 PIECE_BYTES = 64 << 20
+# Low-precision rows come in multiples of the first, above the second in multiples of that.
+FEW_ROWS, MANY_ROWS = 32, 512
 
 
 @dataclass
@@ -73,9 +76,22 @@ def run_rows(
     """Run one expert on hidden [n, D]."""
     if runs_choices(layer):
         return ExpertRows(e, tokens, pairs, hidden, None, layer.run_expert(e, hidden), weights)
-    middle = run_up(layer.experts, e, hidden)
+    middle = run_up(layer.experts, e, _padded(hidden))
     output = run_down(layer.experts, e, middle)
-    return ExpertRows(e, tokens, pairs, hidden, middle, output, weights)
+    count = len(hidden)
+    return ExpertRows(e, tokens, pairs, hidden, middle[:count], output[:count], weights)
+
+
+def _padded(hidden: Tensor) -> Tensor:
+    """Rows of zeros up to a round number, for low precision on the CPU.
+
+    oneDNN builds a kernel for every number of rows it meets and keeps up to 1024 of them, at 0.7 MB
+    each: with raw numbers that is more memory than the experts of a layer take.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype.itemsize > 2:
+        return hidden
+    step = FEW_ROWS if len(hidden) <= MANY_ROWS else MANY_ROWS
+    return functional.pad(hidden, (0, 0, 0, -len(hidden) % step))
 
 
 def everyone(layer: MoELayer, hidden: Tensor) -> Iterator[ExpertRows]:
