@@ -186,6 +186,18 @@ def test_conclusions_know_the_planted_experts(facts):
     assert "16 experts" in found["load"].detail
 
 
+def test_rings_are_on_the_planted_experts(facts):
+    from moekit.report.maps import domain_map
+
+    figure = domain_map(facts.usage, facts.results["specialisation"], "domains")
+    for view in figure.views:
+        heat, rings = view.data
+        assert rings["x"]
+        for expert, domain in zip(rings["x"], rings["y"], strict=True):
+            row, column = heat["y"].index(domain), heat["x"].index(expert)
+            assert heat["z"][row][column] > 0.5
+
+
 def test_conclusions_do_not_fire_on_random_routing():
     domains = ["x-en", "y-fr"] * SAMPLES
     ids = random_ids(len(domains) * LENGTH, EXPERTS, WIDTH, 2)

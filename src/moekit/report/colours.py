@@ -35,7 +35,7 @@ LIGHT: dict[str, str | Scale] = {
     "series5": "#b8860b",
     "reference": "#85858a",
     "more": _scale("#f3f6fb", "#b9d3f2", "#6aa3e3", "#2a6cc0", "#123a73"),
-    "around": _scale("#7a3b00", "#d98238", "#f2f2ef", "#5b9be0", "#0d3c7a"),
+    "around": _scale("#cf7a2c", "#ecc397", "#f2f2ef", "#5b9be0", "#0d3c7a"),
 }
 DARK: dict[str, str | Scale] = {
     "page": "#131316",
@@ -54,7 +54,7 @@ DARK: dict[str, str | Scale] = {
     "series5": "#dcae3c",
     "reference": "#8e8e95",
     "more": _scale("#232830", "#1f4270", "#2a6cc0", "#6aa3e3", "#cfe2fb"),
-    "around": _scale("#ffb473", "#a8591b", "#2b2b30", "#2f6db5", "#a5cdfa"),
+    "around": _scale("#b0662a", "#63401f", "#2b2b30", "#2f6db5", "#a5cdfa"),
 }
 
 

@@ -120,10 +120,10 @@ def _domain_view(
         custom=np.round(times[:, order], 2).tolist(),
     )
     data = [trace]
-    places = {expert: place for place, expert in enumerate(order.tolist())}
-    rings = [(places[e], names[usage.domains.index(d)]) for d, e in sorted(found)]
-    if rings:
-        x, y = [place for place, _ in rings], [name for _, name in rings]
+    if found:
+        # By name: a number would be read as the name of a category too.
+        x = [str(expert) for _, expert in sorted(found)]
+        y = [names[usage.domains.index(domain)] for domain, _ in sorted(found)]
         data.append(marks(x, y, "circle-open", "significant"))
     layout = {
         "xaxis": axis("expert", type="category", tickangle=0),

@@ -247,7 +247,7 @@ def _pruning(facts: Facts) -> Block:
     ]
     words = table(("removed", "experts", "contribution lost", "saved"), cuts)
     words += "<h4>First candidates</h4>"
-    words += table(("layer", "expert", "adds, over even share", "but serves"), first)
+    words += table(("layer", "expert", "adds (1× is an even share)", "but serves"), first)
     words += _note(
         f"Contribution is {pruning.basis}. It ranks; it does not measure quality. An expert that "
         "adds little here may serve text that was not in the data."

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.core.trace import RoutingTrace
+from moekit.report.usage import language_of
 
-PASSAGES, PASSAGE_TOKENS, SHOWN_LAYERS = 8, 120, 8
+PASSAGES, PASSAGE_TOKENS, SHOWN_LAYERS = 6, 100, 8
 # A character of UTF-8 has 4 bytes at most, and a token one byte at least.
 LONGEST_CHARACTER = 4
 
@@ -77,15 +78,18 @@ def token_strings(ids: list[int], tokenizer: Any) -> list[str]:
 
 
 def _samples(trace: RoutingTrace) -> list[tuple[int, int, str]]:
-    """Bounds and domain of passages: the longest sample of each domain, spread over domains."""
+    """Bounds and domain of passages: the longest of a domain, as many languages as there are."""
     best: dict[str, tuple[int, int, str]] = {}
     for sample in trace.samples:
         length = sample.stop - sample.start
         kept = best.get(sample.domain)
         if length and (kept is None or length > kept[1] - kept[0]):
             best[sample.domain] = (sample.start, sample.stop, sample.domain)
-    found = [best[domain] for domain in trace.domains if domain in best]
-    found = [found[i] for i in _spread(len(found), PASSAGES)]
+    domains = [domain for domain in trace.domains if domain in best]
+    first = {language_of(domain): domain for domain in reversed(domains)}
+    others = [domain for domain in domains if domain not in first.values()]
+    chosen = [d for d in domains if d in first.values()] + others
+    found = [best[domain] for domain in chosen[:PASSAGES]]
     return [(start, min(stop, start + PASSAGE_TOKENS), domain) for start, stop, domain in found]
 
 

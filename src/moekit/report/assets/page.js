@@ -32,6 +32,10 @@
     zeroline: false,
     nticks: narrow ? 7 : 14,
     ...own,
+    // The leaves of a dendrogram have a label each.
+    ...(own && own.tickvals && own.tickvals.length > (narrow ? 12 : 40)
+      ? { tickangle: -90, tickfont: { size: narrow || own.tickvals.length > 80 ? 7 : 9 } }
+      : {}),
     ...(own && own.title ? { title: { ...own.title, standoff: 8, font: { size: 12 } } } : {}),
   });
 
