@@ -151,7 +151,7 @@ def test_ctrl_c_while_writing_leaves_nothing_that_looks_finished(tiny, data, tmp
     assert err.strip().startswith("interrupted: ")
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
-    again = start(*arguments, "--max-tokens", 20, "--json")
+    again = start(*arguments, "--json")
     printed, err = again.communicate(timeout=300)
-    assert json.loads(printed)["tokens"] == 20, err
-    assert len(RoutingTrace.open(out)) == 20
+    assert again.returncode == 0, err
+    assert json.loads(printed)["tokens"] == len(RoutingTrace.open(out)) > 0
