@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import BatchEncoding, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moekit.core.errors import UserError
+from moekit.runtime.detokenize import IncrementalDecoder, decode
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -43,14 +44,9 @@ class TextStream(BaseStreamer):
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self.first_token_time: float | None = None
-        self._tokenizer = tokenizer
+        self._decoder = IncrementalDecoder(tokenizer)
         self._on_text = on_text
-        self._ids: list[int] = []
         self._is_prompt = True
-        # Text is decoded from `_start`, a place some tokens back, because tokenizers treat the
-        # first token of a sequence differently; text up to `_shown` has been handed over.
-        self._start = 0
-        self._shown = 0
 
     def put(self, value: torch.Tensor) -> None:
         if self._is_prompt:
@@ -58,26 +54,14 @@ class TextStream(BaseStreamer):
             return
         if self.first_token_time is None:
             self.first_token_time = time.perf_counter()
-        self._ids.extend(value.flatten().tolist())
-        if not self._hand_over(final=False):
-            return
-        self._start, self._shown = self._shown, len(self._ids)
+        self._hand_over(self._decoder.add(value.flatten().tolist()))
 
     def end(self) -> None:
-        self._hand_over(final=True)
+        self._hand_over(self._decoder.end())
 
-    def _hand_over(self, *, final: bool) -> bool:
-        shown = decode(self._tokenizer, self._ids[self._start : self._shown])
-        text = decode(self._tokenizer, self._ids[self._start :])
-        if len(text) <= len(shown) or (text.endswith("\ufffd") and not final):
-            return False
-        self._on_text(text[len(shown) :])
-        return True
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Token ids as text, without special tokens and without tidied spaces."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _hand_over(self, text: str) -> None:
+        if text:
+            self._on_text(text)
 
 
 def encode_prompt(
