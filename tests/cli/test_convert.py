@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_plan(moekit, refused, tiny, tmp_path):
     assert "4 of 4 in layer 1" in message
 
 
+def test_gguf(moekit, refused, tiny, tmp_path):
+    source, out = tmp_path / "model", tmp_path / "out.gguf"
+    shutil.copytree(tiny, source)
+    config = json.loads((source / "config.json").read_text())
+    message = refused("convert", source, out, "--to", "gguf")
+    assert "normalised weights" in message
+    (source / "config.json").write_text(json.dumps(config | {"norm_topk_prob": True}))
+    args = ("convert", source, out, "--to", "gguf", "--gguf-type", "q8_0")
+    dry = moekit(*args, "--dry-run", "--json").json
+    assert not out.exists()
+    result = moekit(*args, "--json").json
+    assert {**result, "seconds": 0, "dry_run": True} == {**dry, "seconds": 0}
+    assert result["architecture"] == "qwen3moe"
+    assert result["bytes"] < out.stat().st_size
+    assert f"wrote {out}: {result['tensors']} tensors (" in moekit(*args, "--overwrite").out
+
+
 def test_dry_run_forecasts(moekit, tiny, tmp_path):
     result = moekit("convert", tiny, tmp_path / "out", "--to", "fused", "--dry-run", "--json").json
     assert result["dry_run"]
@@ -70,7 +88,13 @@ def test_existing_output(moekit, refused, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "gguf"], "'gguf' is not one of 'fused', 'per-expert'"),
+        (["--to", "onnx"], "'onnx' is not one of 'fused', 'per-expert'"),
+        (["--to", "gguf", "--dtype", "float32"], "give --gguf-type"),
+        (["--to", "gguf", "--gguf-type", "q4_k"], "'q4_k' is unknown; there are f32"),
+        (["--to", "gguf", "--max-shard-size", "1GB"], "--max-shard-size does not apply"),
+        (["--to", "gguf", "--copy-code"], "--copy-code does not apply to --to gguf"),
+        (["--to", "gguf", "--restart"], "--restart does not apply to --to gguf"),
+        (["--to", "fused", "--gguf-type", "f16"], "--gguf-type does not apply to --to fused"),
         ([], "--to"),
         (["--to", "fused", "--max-shard-size", "big"], "'big' is not an amount of memory"),
         (["--to", "fused", "--plan", "nowhere.json"], "nowhere.json cannot be read"),
@@ -138,6 +162,6 @@ def test_packed(moekit, refused, tiny, tmp_path):
     with ExpertStore.open(tmp_path / "out") as store:
         assert store.layers[0].codecs[0].name == "bf16"
     message = refused("convert", tiny, tmp_path / "x", "--to", "fused", "--group-size", "64")
-    assert "--codec and --group-size do not apply to --to fused" in message
+    assert "--codec does not apply to --to fused" in message
     message = refused("convert", tiny, tmp_path / "x", "--to", "packed", "--codec", "int5")
     assert "no codec method is named 'int5'" in message

@@ -1,0 +1,1 @@
+"""Writing models in the formats of other programs."""
