@@ -162,6 +162,6 @@ def test_packed(moekit, refused, tiny, tmp_path):
     with ExpertStore.open(tmp_path / "out") as store:
         assert store.layers[0].codecs[0].name == "bf16"
     message = refused("convert", tiny, tmp_path / "x", "--to", "fused", "--group-size", "64")
-    assert "--codec does not apply to --to fused" in message
+    assert "--group-size does not apply to --to fused" in message
     message = refused("convert", tiny, tmp_path / "x", "--to", "packed", "--codec", "int5")
     assert "no codec method is named 'int5'" in message
