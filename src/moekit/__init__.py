@@ -13,25 +13,30 @@ if TYPE_CHECKING:
     from moekit.core.spec import MoESpec
     from moekit.core.trace import RoutingTrace
     from moekit.core.view import MoEView
+    from moekit.runtime.engine import Engine
+    from moekit.runtime.open import open_engine
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch takes seconds, and the command line must answer at once.
 _HOMES = {
-    "Checkpoint": "checkpoint",
-    "ExpertPlan": "plan",
-    "LoadedModel": "load",
-    "MoESpec": "spec",
-    "MoEView": "view",
-    "RoutingTrace": "trace",
-    "UserError": "errors",
-    "collect": "collect",
-    "load": "load",
-    "register": "registry",
+    "Checkpoint": "core.checkpoint",
+    "Engine": "runtime.engine",
+    "ExpertPlan": "core.plan",
+    "LoadedModel": "core.load",
+    "MoESpec": "core.spec",
+    "MoEView": "core.view",
+    "RoutingTrace": "core.trace",
+    "UserError": "core.errors",
+    "collect": "core.collect",
+    "load": "core.load",
+    "open_engine": "runtime.open",
+    "register": "core.registry",
 }
 
 __all__ = [
     "Checkpoint",
+    "Engine",
     "ExpertPlan",
     "LoadedModel",
     "MoESpec",
@@ -40,6 +45,7 @@ __all__ = [
     "UserError",
     "collect",
     "load",
+    "open_engine",
     "register",
 ]
 
@@ -47,7 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'moekit' has no attribute {name!r}")
-    return getattr(import_module(f"moekit.core.{_HOMES[name]}"), name)
+    return getattr(import_module(f"moekit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

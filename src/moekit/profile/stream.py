@@ -7,10 +7,8 @@ is. A large batch is what makes this affordable, since every batch reads the who
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
-from moekit.core.architecture import meta_model, read_config
+from moekit.core.architecture import read_config
 from moekit.core.checkpoint import Checkpoint, read_json
 from moekit.core.deferred import Deferred
 from moekit.core.dequant import dequantize, quantization_of
@@ -28,6 +25,7 @@ from moekit.core.errors import UserError
 from moekit.core.layer import MoELayer
 from moekit.core.layout import deferred_tensors, to_model
 from moekit.core.memory import format_bytes
+from moekit.core.skeleton import config_dtype, skeleton, weight_dtypes
 from moekit.core.view import MoEView
 from moekit.profile.experts_run import runs_choices
 
@@ -131,7 +129,7 @@ class StreamedModel:
         if quantization is not None:
             stored = dequantize(stored, quantization)
         number_format = dtype or _own_dtype(config, stored)
-        self.model = _build(config, number_format, self._device)
+        self.model = skeleton(config, number_format, self._device)
         self.view = MoEView(self.model)
         tensors = to_model(stored, self.model).tensors
         units = _units(self.model, _slots(self.model, tensors, number_format), self._device)
@@ -212,41 +210,11 @@ class _Resident(nn.Module):
     """Stands for all modules outside of layers whose weights are small and stay."""
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model on the meta device with real values in the buffers that no checkpoint holds."""
-    config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if part is not None:
-            part.dtype = dtype
-    with _default_dtype(dtype):
-        model = meta_model(config)
-    for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    model.initialize_weights()
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    return model.eval()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _own_dtype(config: PretrainedConfig, stored: dict[str, Deferred]) -> torch.dtype:
     """The config's number format, else that of the first weights, as `from_pretrained` does."""
-    named = config.dtype
+    named = config_dtype(config)
     if named is not None:
-        return getattr(torch, named) if isinstance(named, str) else named
+        return named
     return next((t.dtype for t in stored.values() if t.dtype.is_floating_point), torch.float32)
 
 
@@ -254,8 +222,7 @@ def _slots(
     model: PreTrainedModel, tensors: dict[str, Deferred], dtype: torch.dtype
 ) -> dict[str, _Slot]:
     """Every parameter and persistent buffer by name, tied ones once for each of their names."""
-    plan = model._get_dtype_plan(dtype)
-    alternation, patterns, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+    formats = weight_dtypes(model, dtype)
     expected = model.state_dict(keep_vars=True)
     names: dict[int, str] = {}
     for name in expected:
@@ -265,11 +232,7 @@ def _slots(
     for name, tensor in expected.items():
         owner, _, leaf = name.rpartition(".")
         source = tensors[names[id(tensor)]]
-        match = alternation.search(name) if alternation is not None else None
-        target = tensor.dtype
-        if match is not None and match.lastgroup is not None and target.is_floating_point:
-            target = plan[patterns[match.lastgroup]]
-        slots[name] = _Slot(model.get_submodule(owner), leaf, source, target, tensor)
+        slots[name] = _Slot(model.get_submodule(owner), leaf, source, formats[name], tensor)
     return slots
 
 

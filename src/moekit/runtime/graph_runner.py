@@ -1,0 +1,139 @@
+"""Any decoder-only family, by its own modules in transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from moekit.core.errors import UserError
+
+# Tokens of a prompt that are run at once: what bounds the memory of activations.
+CHUNK = 512
+# Layers to which several tokens can be added when some are there already. A recurrent state is
+# carried on by single tokens only in many families.
+_CHUNKABLE = {DummyLayer, DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer}
+_CROPPABLE = {DummyLayer, DynamicLayer, DynamicIndexedLayer}
+
+
+class GraphSequence:
+    """A sequence and the cache of its family."""
+
+    def __init__(self, capacity: int, cache: Any) -> None:
+        self.length = 0
+        self.capacity = capacity
+        self.cache = cache
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first `length`; ValueError for more than there are."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"truncate to {length} of {self.length} tokens")
+        if length < self.length:
+            # Slices would keep the memory of what was cut off.
+            self.cache.crop(length - self.length)
+            self.length = length
+
+
+class GraphRunner:
+    """Runs `model`, one sequence after another, so that none depends on the others.
+
+    `experts` replaces how the model computes its experts while a step runs; without it the model
+    does it itself.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        experts: AbstractContextManager[Any] | None = None,
+        *,
+        chunk: int = CHUNK,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise UserError(
+                f"{type(model).__name__} has an encoder; the engine runs decoder-only models. "
+                "`moekit.load` opens this one."
+            )
+        self.model = model
+        self.chunk = chunk
+        self._stack = ExitStack()
+        self._stack.enter_context(experts if experts is not None else nullcontext())
+        names = inspect.signature(type(model).forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        cache = self._new_cache()
+        layers = getattr(cache, "layers", [])
+        kinds = {type(layer) for layer in layers}
+        plain = type(cache) is DynamicCache and bool(layers)
+        self.can_chunk = plain and kinds <= _CHUNKABLE
+        self.can_truncate = plain and kinds <= _CROPPABLE
+        self.kv_bytes_per_token = 0
+
+    def _new_cache(self) -> Any:
+        # The others make the cache of their family in their first forward.
+        if self.model._supports_default_dynamic_cache():
+            return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return None
+
+    def new_sequence(self, capacity: int) -> GraphSequence:
+        """An empty sequence with room for `capacity` tokens."""
+        return GraphSequence(capacity, self._new_cache())
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        seqs: Sequence[GraphSequence],
+        tokens: Sequence[Sequence[int]],
+        all_positions: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Append tokens to each sequence; logits as `Runner.forward` says.
+
+        Raises ValueError for no tokens and for more than a sequence has room for.
+        """
+        for seq, new in zip(seqs, tokens, strict=True):
+            if not 0 < len(new) <= seq.capacity - seq.length:
+                raise ValueError(f"{len(new)} tokens after {seq.length} of {seq.capacity}")
+        rows = [
+            self._append(seq, new, all_positions) for seq, new in zip(seqs, tokens, strict=True)
+        ]
+        return rows if all_positions else torch.cat(rows)
+
+    def _append(self, seq: GraphSequence, tokens: Sequence[int], all_positions: bool) -> Tensor:
+        kept = []
+        for piece in self._pieces(seq.length, tokens):
+            output = self.model(
+                input_ids=torch.tensor([piece]),
+                past_key_values=seq.cache,
+                use_cache=True,
+                **({} if all_positions else self._last),
+            )
+            seq.cache = output.past_key_values
+            seq.length += len(piece)
+            logits = output.logits[0] if all_positions else output.logits[0, -1:]
+            kept = [*kept, logits.float()] if all_positions else [logits.float()]
+        return torch.cat(kept)
+
+    def _pieces(self, length: int, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        if self.can_chunk:
+            size = self.chunk
+        else:
+            size = len(tokens) if length == 0 else 1
+        for start in range(0, len(tokens), size):
+            yield tokens[start : start + size]
+
+    def drop(self, seq: GraphSequence) -> None:
+        """Give back the cache of a sequence."""
+        seq.cache = None
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._stack.close()
