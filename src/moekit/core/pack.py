@@ -230,9 +230,15 @@ def _expert_sources(
         names = []
         for name, _ in list(site.experts.named_parameters()):
             full = f"{site.experts_path}.{name}" if site.experts_path else name
-            if name.startswith(prefixes) and full in tensors:
-                _replace_parameter(site.experts, name, tensors[full])
-                names.append(full)
+            if not name.startswith(prefixes):
+                continue
+            if full not in tensors:
+                raise UserError(
+                    f"{full} is stored under the name of another layer: a model whose layers "
+                    "share their experts cannot be packed."
+                )
+            _replace_parameter(site.experts, name, tensors[full])
+            names.append(full)
         _check_coverage(layer, spec)
         found.append((spec, layer.expert_views, names))
     return found
