@@ -26,6 +26,7 @@ import torch
 from moekit.core.checkpoint import INDEX_FILE, TensorInfo, read_json
 from moekit.core.errors import UserError
 from moekit.core.memory import format_bytes
+from moekit.core.shard_file import ShardFile, fsync, write_durably
 from moekit.core.shards import Shard, plan_shards
 
 JOURNAL = "journal.json"
@@ -39,21 +40,6 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 class WriteInterrupted(KeyboardInterrupt):
     """Ctrl-C while writing; the message says what is left and how to resume or discard it."""
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def check_output(out: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -125,8 +111,7 @@ class CheckpointWriter:
         self.written_bytes = 0
         self._journaled = 0
         self._lock: int | None = None
-        self._file: int | None = None
-        self._open_shard: Shard | None = None
+        self._open: ShardFile | None = None
 
     @property
     def shard_files(self) -> list[str]:
@@ -281,8 +266,8 @@ class CheckpointWriter:
         if position + rows.nbytes > info.nbytes:
             raise ValueError(f"{name}: {list(rows.shape)} from row {start} is too much")
         try:
-            self._select_shard(self._shard_of[name])
-            self._pwrite(rows, self._shard_of[name].offsets[name] + position)
+            shard = self._shard_of[name]
+            self._file(shard).write(rows, shard.offsets[name] + position)
         except OSError as error:
             raise self._disk_error(error) from None
         self._done += rows.nbytes
@@ -290,33 +275,16 @@ class CheckpointWriter:
         if self.written_bytes - self._journaled >= JOURNAL_BYTES:
             self._journal()
 
-    def _pwrite(self, rows: torch.Tensor, offset: int) -> None:
-        assert self._file is not None
-        view = rows.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        done = 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], offset + done)
-
-    def _select_shard(self, shard: Shard) -> None:
-        if self._open_shard is shard:
-            return
-        self._close_shard()
-        self._file = os.open(self._path(shard), os.O_RDWR | os.O_CREAT, 0o644)
-        self._open_shard = shard
-        os.ftruncate(self._file, shard.size)
-        # Reserving the blocks finds out about a full disk now and not hours later.
-        try:
-            os.posix_fallocate(self._file, 0, shard.size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        # Also when resuming: the interruption may have come between the last two steps.
-        os.pwrite(self._file, shard.header, 0)
+    def _file(self, shard: Shard) -> ShardFile:
+        if self._open is None or self._open.shard is not shard:
+            self._close_shard()
+            self._open = ShardFile(self._path(shard), shard)
+        return self._open
 
     def _journal(self) -> None:
         """Make what is written durable, then say so in the journal."""
-        if self._file is not None:
-            os.fdatasync(self._file)
+        if self._open is not None:
+            self._open.sync()
         content = {
             "version": JOURNAL_VERSION,
             "identity": self.identity,
@@ -326,9 +294,9 @@ class CheckpointWriter:
             "total_bytes": self.total_bytes,
         }
         temporary = self.partial / (JOURNAL + ".tmp")
-        _write_durably(temporary, json.dumps(content, indent=1).encode())
+        write_durably(temporary, json.dumps(content, indent=1).encode())
         os.replace(temporary, self.partial / JOURNAL)
-        _fsync(self.partial)
+        fsync(self.partial)
         self._journaled = self.written_bytes
 
     def write_file(self, name: str, data: str | bytes) -> None:
@@ -336,7 +304,7 @@ class CheckpointWriter:
         path = self.partial / name
         try:
             path.parent.mkdir(exist_ok=True)
-            _write_durably(path, data.encode() if isinstance(data, str) else data)
+            write_durably(path, data.encode() if isinstance(data, str) else data)
         except OSError as error:
             raise self._disk_error(error) from None
 
@@ -350,7 +318,7 @@ class CheckpointWriter:
             for shard in self._shards:
                 # A shard without a single byte of data has not been opened yet.
                 if not self._path(shard).exists():
-                    self._select_shard(shard)
+                    self._file(shard)
             self._close_shard()
             self._journal()
             if self._indexed:
@@ -360,7 +328,7 @@ class CheckpointWriter:
                 self.write_file(INDEX_FILE, json.dumps(index, indent=2) + "\n")
             for shard in self._shards:
                 os.replace(self._path(shard), self.partial / shard.file)
-            _fsync(self.partial)
+            fsync(self.partial)
             self._rename()
         except OSError as error:
             raise self._disk_error(error) from None
@@ -372,7 +340,7 @@ class CheckpointWriter:
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.out, replaced)
         os.rename(self.partial, self.out)
-        _fsync(self.out.parent)
+        fsync(self.out.parent)
         # Only now: a crash before the rename must still find its journal.
         (self.out / JOURNAL).unlink()
         shutil.rmtree(replaced, ignore_errors=True)
@@ -402,12 +370,10 @@ class CheckpointWriter:
             shutil.rmtree(self.partial)
 
     def _close_shard(self) -> None:
-        if self._file is not None:
-            try:
-                os.fdatasync(self._file)
-            finally:
-                os.close(self._file)
-                self._file = self._open_shard = None
+        if self._open is not None:
+            # Forgotten first: what cannot be closed must not be closed again.
+            file, self._open = self._open, None
+            file.close()
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):
