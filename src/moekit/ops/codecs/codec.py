@@ -52,11 +52,13 @@ class Encoded:
 class Codec(ABC):
     """Encodes matrices [O, I]; `num_planes` counts the refinements plus one.
 
-    `idempotent` says whether encoding the decoded matrix gives the same bytes again.
+    `idempotent` says whether encoding the decoded matrix gives the same bytes again, `tiled`
+    whether packed records hold the arrays in tiles (`ops.codecs.tiles`).
     """
 
     num_planes = 1
     idempotent = False
+    tiled = False
 
     @abstractmethod
     def layout(self, shape: tuple[int, int]) -> tuple[tuple[Part, ...], ...]:

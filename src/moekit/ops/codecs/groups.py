@@ -28,6 +28,8 @@ GROUP_OPTION = Option("group_size", "int", "columns that share a scale: 32, 64 o
 class GroupCodec(Codec):
     """Integers of `bits` bits with a float16 scale, and with a byte of zero point if asked for."""
 
+    tiled = True
+
     def __init__(self, *, bits: int, zero_point: bool = False, group_size: int = 32) -> None:
         check_group_size(group_size)
         self.bits = bits

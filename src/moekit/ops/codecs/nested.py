@@ -21,6 +21,8 @@ BASE_BITS = 2
 class NestedCodec(Codec):
     """A base of 2 bits with zero points, and `bits` - 2 planes of signs."""
 
+    tiled = True
+
     def __init__(self, *, bits: int, group_size: int = 32) -> None:
         self.base = GroupCodec(bits=BASE_BITS, zero_point=True, group_size=group_size)
         self.bits = bits

@@ -1,0 +1,49 @@
+"""Arrays of an integer codec in tiles of rows, the order in which vector instructions want them.
+
+Shapes: O rows, N groups a row, B bytes of codes a group. Codes [O, N, B] become
+[O / 16, N, B / 4, 16, 4] and scales [O, N] become [O / 16, N, 16], rows padded with zeros to whole
+tiles: 64 bytes in a row are four bytes of each of 16 rows, and a tile is read from end to end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moekit.ops.codecs.codec import Part
+
+TILE_ROWS = 16
+# Bytes of codes that lie together for a row.
+WORD = 4
+
+
+def tiled_shape(part: Part) -> tuple[int, ...]:
+    """The shape of a part in tiles."""
+    outputs, groups, *size = part.shape
+    tiles = -(-outputs // TILE_ROWS)
+    return (tiles, groups, size[0] // WORD, TILE_ROWS, WORD) if size else (tiles, groups, TILE_ROWS)
+
+
+def tiled_nbytes(part: Part) -> int:
+    """Bytes of a part in tiles."""
+    return math.prod(tiled_shape(part)) * part.dtype.itemsize
+
+
+def tile(array: Tensor) -> Tensor:
+    """Codes [O, N, B] or scales [O, N] in tiles."""
+    missing = -len(array) % TILE_ROWS
+    if missing:
+        array = torch.cat([array, array.new_zeros(missing, *array.shape[1:])])
+    tiles = array.unflatten(0, (-1, TILE_ROWS)).movedim(1, 2)
+    if array.ndim == 3:
+        tiles = tiles.unflatten(-1, (-1, WORD)).transpose(2, 3)
+    return tiles.contiguous()
+
+
+def untile(tiles: Tensor, part: Part) -> Tensor:
+    """What `tile` was given, with the shape of `part`."""
+    if tiles.ndim == 5:
+        tiles = tiles.transpose(2, 3).flatten(-2)
+    return tiles.movedim(2, 1).flatten(0, 1)[: part.shape[0]].contiguous()

@@ -1,0 +1,44 @@
+// Causal attention of grouped query heads over a cache of keys and values.
+#pragma once
+#include "native.h"
+
+namespace moekit {
+
+// One token of a step: where its sequence keeps keys and values, and its place in it.
+struct Row {
+    void* kv;          // see KvShape
+    int64_t capacity;  // positions that fit, a multiple of KEY_BLOCK
+    int32_t position, token;
+};
+
+constexpr int KEY_BLOCK = 64;
+constexpr int MAX_HEAD_DIM = 256;
+
+// A sequence's memory is, for each layer and key head, the keys and then the values. Keys lie in
+// blocks of 16 positions, [capacity / 16, head_dim, 16], so that a vector holds one coordinate of
+// 16 keys and scores need no sums across lanes; values are [capacity, head_dim rounded up to 16].
+struct KvShape {
+    int32_t layers, kv_heads, head_dim, is_bf16;
+};
+
+struct Attention {
+    KvShape kv;
+    int32_t heads, window;  // window: how many positions are seen, its own included; 0 for all
+    float scale;
+    const float* sinks;  // [heads] or null: scores of a key whose value is zero
+};
+
+// Bytes that `capacity` positions of a sequence take.
+int64_t kv_bytes(const KvShape& shape, int64_t capacity);
+
+// Stores keys and values, each [kv_heads * head_dim], of one row and layer.
+void kv_append(const KvShape& shape, int layer, const Row& row, const float* keys,
+               const float* values);
+
+// out [T, heads * head_dim] of queries [T, heads * head_dim] with rows `stride` apart. A row sees
+// what `kv_append` has stored of its sequence up to its own position. The result for a row does not
+// depend on the other rows or on the number of threads.
+void attention(Pool* pool, const Attention& how, int layer, const Row* rows, int T,
+               const float* queries, int64_t stride, float* out);
+
+}  // namespace moekit

@@ -1,0 +1,108 @@
+// What each instruction set implements, and how activations lie in memory for it.
+//
+// Activations are prepared once per matrix and then read by all of its rows. Tokens are shared out
+// over blocks. For GROUPS a block of n tokens holds, for each distinct field width, pairs of
+// bfloat16 [cols / 2, n] in the order in which the codes are taken from memory (see `columns_of`),
+// and then the sums of each group, float32 [groups, n]. For the row-major kinds each token is a row,
+// bfloat16 or float32, padded with zeros to a whole vector.
+#pragma once
+
+#include "native.h"
+
+namespace moekit {
+
+constexpr int GROUP_TOKENS = 12;  // tokens of a block that registers have room for
+constexpr int ROW_TOKENS = 4;
+constexpr int ROW_PADDING = 32;
+constexpr int MAX_STREAMS = 4;
+
+struct Input {
+    const uint8_t* data;
+    int count;  // tokens
+    int block;  // tokens of a block; the last one may have fewer
+};
+
+struct Rows {
+    int first, count;
+};
+
+struct Tokens {
+    int first, count;  // first is that of a block
+};
+
+// Where the activations come from: token t is row index[t] of x, or row t without an index.
+struct Source {
+    const float* x;
+    int64_t stride;
+    const int32_t* index;
+
+    const float* row(int t) const {
+        return x + stride * static_cast<int64_t>(index == nullptr ? t : index[t]);
+    }
+};
+
+struct Kernels {
+    const char* isa;
+    // Writes the blocks of these tokens into `data`.
+    void (*prepare)(const Format&, const Source&, int block, Tokens, uint8_t* data);
+    // y[t * y_stride + r] for these rows and tokens; t counts from tokens.first, r from rows.first.
+    void (*multiply)(const Format&, const uint8_t* base, Rows, const Input&, Tokens, float* y,
+                     int64_t y_stride);
+    // Turns up [n] into the input of the down projection. gate may be null.
+    void (*activate)(const ExpertFormat&, int n, const float* gate, float* up);
+    // to[i] += weight * from[i].
+    void (*add_scaled)(int n, float weight, const float* from, float* to);
+};
+
+extern const Kernels plain_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+const Kernels& kernels();
+
+// The distinct field widths of a format, in the order of its fields.
+struct Streams {
+    int count = 0;
+    int width[MAX_STREAMS] = {};
+
+    explicit Streams(const Format& format) {
+        for (int f = 0; f < format.num_fields; ++f)
+            if (find(format.fields[f].width) == count) width[count++] = format.fields[f].width;
+    }
+    int find(int wanted) const {
+        int at = 0;
+        while (at < count && width[at] != wanted) ++at;
+        return at;
+    }
+};
+
+inline int blocks_of(const Format& format, int count) {
+    const int most = format.kind == KIND_GROUPS ? GROUP_TOKENS : ROW_TOKENS;
+    return (count + most - 1) / most;
+}
+
+// Tokens of a block, so that all blocks are about as large.
+inline int block_of(const Format& format, int count) {
+    const int blocks = blocks_of(format, count);
+    return blocks == 0 ? 1 : (count + blocks - 1) / blocks;
+}
+
+inline int padded_columns(const Format& format) {
+    return (format.cols + ROW_PADDING - 1) / ROW_PADDING * ROW_PADDING;
+}
+
+// Bytes of one prepared token.
+inline int64_t token_bytes(const Format& format) {
+    switch (format.kind) {
+        case KIND_GROUPS:
+            return Streams(format).count * int64_t{2} * format.cols +
+                   int64_t{4} * (format.cols / format.group);
+        case KIND_BF16:
+            return int64_t{2} * padded_columns(format);
+        default:
+            return int64_t{4} * padded_columns(format);
+    }
+}
+
+}  // namespace moekit

@@ -1,0 +1,8 @@
+// The same kernels, vectorised by the compiler for AVX2 and FMA.
+#if defined(__x86_64__)
+#include "portable.h"
+
+namespace moekit {
+const Kernels avx2_kernels = {"avx2", prepare, multiply, activate, add_scaled};
+}
+#endif

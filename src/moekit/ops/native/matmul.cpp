@@ -1,0 +1,37 @@
+// Matrices times activations, shared out over the threads of a pool by rows.
+#include "kernels.h"
+#include "pool.h"
+#include "shares.h"
+
+using namespace moekit;
+
+extern "C" {
+
+void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, int64_t x_stride,
+             int32_t T) {
+    if (count <= 0 || T <= 0) return;
+    const Source source{x, x_stride, nullptr};
+    Inputs inputs(pool, Scratch::INPUT, count, [&](int j) {
+        const bool shared = j > 0 && alike(*jobs[j - 1].format, *jobs[j].format);
+        return Inputs::Wanted{jobs[j].format, source, T, shared};
+    });
+    RowShares shares(pool, count, [&](int j) { return jobs[j].format->rows; });
+    auto work = [&](int) {
+        inputs.prepare();
+        pool_barrier(pool);
+        shares.each([&](int j, Rows rows) {
+            const MatmulJob& job = jobs[j];
+            kernels().multiply(*job.format, static_cast<const uint8_t*>(job.base), rows, inputs[j],
+                               Tokens{0, T}, job.y + rows.first, job.y_stride);
+        });
+    };
+    run(pool, work);
+}
+
+void matmul(Pool* pool, const Format* format, const void* base, const float* x, int32_t T,
+            float* y) {
+    const MatmulJob job{format, base, y, format->rows};
+    matmuls(pool, &job, 1, x, format->cols, T);
+}
+
+}  // extern "C"

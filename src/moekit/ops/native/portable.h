@@ -1,0 +1,134 @@
+// The kernels in plain C++, for any instruction set that the file including this is compiled for.
+#pragma once
+
+#include "activation.h"
+#include "input.h"
+
+namespace moekit {
+namespace {
+
+// Adds one field's part of a group to the totals [n, 16] of a tile. Values of codes lie on a line,
+// so codes are multiplied as they are and the line's offset goes to the sum of the activations.
+inline void field_of_group(const Field& field, const uint8_t* codes, const uint32_t* pairs,
+                           const float* sums, int n, int dwords, const float* scale,
+                           const uint8_t* zero, float (*totals)[TILE_ROWS]) {
+    const float start = from_bfloat16(field.lut[0]), step = from_bfloat16(field.lut[1]) - start;
+    const int bits = field.width == 8 ? 4 : field.width;
+    const uint32_t mask = (1u << bits) - 1;
+    float part[GROUP_TOKENS][TILE_ROWS] = {};
+    for (int q = 0; q < dwords; ++q) {
+        uint32_t dword[TILE_ROWS];
+        memcpy(dword, codes + q * sizeof dword, sizeof dword);
+        for (int shift = field.shift; shift < 16; shift += field.width, pairs += n) {
+            float low[TILE_ROWS], high[TILE_ROWS];
+            for (int r = 0; r < TILE_ROWS; ++r) {
+                low[r] = static_cast<float>(static_cast<int32_t>((dword[r] >> shift) & mask));
+                high[r] =
+                    static_cast<float>(static_cast<int32_t>((dword[r] >> (shift + 16)) & mask));
+            }
+            for (int t = 0; t < n; ++t) {
+                const float a = from_bfloat16(static_cast<uint16_t>(pairs[t]));
+                const float b = from_bfloat16(static_cast<uint16_t>(pairs[t] >> 16));
+                for (int r = 0; r < TILE_ROWS; ++r) part[t][r] += low[r] * a + high[r] * b;
+            }
+        }
+    }
+    for (int t = 0; t < n; ++t)
+        for (int r = 0; r < TILE_ROWS; ++r) {
+            const float offset = start - (zero == nullptr ? 0.0f : static_cast<float>(zero[r]));
+            totals[t][r] += scale[r] * (part[t][r] * step + offset * sums[t]);
+        }
+}
+
+inline void multiply_groups(const Format& format, const uint8_t* base, Rows rows,
+                            const uint8_t* block, int n, float* y, int64_t y_stride) {
+    const Streams streams(format);
+    const int groups = format.cols / format.group;
+    const int64_t stream_bytes = int64_t{2} * format.cols * n;
+    const float* sums = reinterpret_cast<const float*>(block + streams.count * stream_bytes);
+    for (int start = rows.first; start < rows.first + rows.count; start += TILE_ROWS) {
+        const int64_t tile = start / TILE_ROWS;
+        float totals[GROUP_TOKENS][TILE_ROWS] = {};
+        for (int g = 0; g < groups; ++g) {
+            const int64_t at = tile * groups + g;
+            for (int f = 0; f < format.num_fields; ++f) {
+                const Field& field = format.fields[f];
+                uint16_t halves[TILE_ROWS];
+                memcpy(halves, base + field.scale + at * sizeof halves, sizeof halves);
+                float scale[TILE_ROWS];
+                for (int r = 0; r < TILE_ROWS; ++r) scale[r] = from_float16(halves[r]);
+                const uint8_t* stream = block + streams.find(field.width) * stream_bytes;
+                field_of_group(
+                    field, base + field.codes + (at * field.stride + field.first) * TILE_ROWS,
+                    reinterpret_cast<const uint32_t*>(stream) + int64_t{g} * (format.group / 2) * n,
+                    sums + int64_t{g} * n, n, format.group * field.width / 32, scale,
+                    field.zero < 0 ? nullptr : base + field.zero + at * TILE_ROWS, totals);
+            }
+        }
+        const int left = rows.first + rows.count - start;
+        for (int t = 0; t < n; ++t)
+            for (int r = 0; r < (left < TILE_ROWS ? left : TILE_ROWS); ++r)
+                y[t * y_stride + (start - rows.first) + r] = totals[t][r];
+    }
+}
+
+constexpr int LANES = 32;
+
+// Sums in lanes that the compiler keeps in vectors; `read` turns an element into a float.
+template <class Weight, class Activation, class ReadWeight, class ReadActivation>
+inline float dot(const Weight* w, const Activation* x, int columns, ReadWeight read_weight,
+                 ReadActivation read_activation) {
+    float lanes[LANES] = {};
+    int c = 0;
+    for (; c + LANES <= columns; c += LANES)
+        for (int i = 0; i < LANES; ++i)
+            lanes[i] += read_weight(w[c + i]) * read_activation(x[c + i]);
+    for (int i = 0; c + i < columns; ++i)
+        lanes[i] += read_weight(w[c + i]) * read_activation(x[c + i]);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline void multiply_rows(const Format& format, const uint8_t* base, Rows rows, const uint8_t* x,
+                          int64_t bytes, int n, float* y, int64_t y_stride) {
+    const int64_t size = format.kind == KIND_F32 ? 4 : 2;
+    const auto same = [](float v) { return v; };
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t* w = base + format.data + (rows.first + r) * size * format.cols;
+        for (int t = 0; t < n; ++t) {
+            float& out = y[t * y_stride + r];
+            const uint8_t* token = x + t * bytes;
+            const float* values = reinterpret_cast<const float*>(token);
+            if (format.kind == KIND_F32)
+                out = dot(reinterpret_cast<const float*>(w), values, format.cols, same, same);
+            else if (format.kind == KIND_F16)
+                out = dot(reinterpret_cast<const uint16_t*>(w), values, format.cols, from_float16,
+                          same);
+            else
+                out = dot(reinterpret_cast<const uint16_t*>(w),
+                          reinterpret_cast<const uint16_t*>(token), format.cols, from_bfloat16,
+                          from_bfloat16);
+        }
+    }
+}
+
+inline void multiply(const Format& format, const uint8_t* base, Rows rows, const Input& input,
+                     Tokens tokens, float* y, int64_t y_stride) {
+    const int64_t bytes = token_bytes(format);
+    for (int t = 0; t < tokens.count; t += input.block) {
+        const int left = tokens.count - t, n = left < input.block ? left : input.block;
+        const uint8_t* block = input.data + (tokens.first + t) * bytes;
+        if (format.kind == KIND_GROUPS)
+            multiply_groups(format, base, rows, block, n, y + t * y_stride, y_stride);
+        else
+            multiply_rows(format, base, rows, block, bytes, n, y + t * y_stride, y_stride);
+    }
+}
+
+inline void add_scaled(int n, float weight, const float* from, float* to) {
+    for (int i = 0; i < n; ++i) to[i] += weight * from[i];
+}
+
+}  // namespace
+}  // namespace moekit
