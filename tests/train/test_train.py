@@ -69,6 +69,13 @@ def test_probes_are_traces_of_the_same_text(finished) -> None:
     )
     assert torch.equal(first.tokens, last.tokens)
     assert not torch.equal(first.layer(0).topk_ids, last.layer(0).topk_ids)
+    # What the congestion coefficient rests on where it can.
+    logits = last.layer(0).logits
+    assert logits is not None
+    assert torch.equal(
+        logits.topk(last.layers[0].top_k).indices.sort().values,
+        last.layer(0).topk_ids.sort().values.long(),
+    )
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(finished, texts, tmp_path) -> None:

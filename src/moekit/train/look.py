@@ -73,7 +73,8 @@ def write_probe(run: Run, step: int) -> None:
     attention = run.model.config._attn_implementation
     run.model.set_attn_implementation("sdpa")
     try:
-        writer = TraceWriter(target, metadata={"step": step})
-        collect(view, pad_batches(samples, 8, pad_id=end), [writer])
+        logits = run.recipe.train.probe_logits
+        writer = TraceWriter(target, logits=logits, metadata={"step": step})
+        collect(view, pad_batches(samples, 8, pad_id=end), [writer], logits=logits)
     finally:
         run.model.set_attn_implementation(attention)

@@ -71,7 +71,8 @@ class TrainRecipe:
     """Length and pace of the run, in tokens, windows and steps.
 
     `batch_windows` windows of `seq_len` tokens make an optimiser step over all processes;
-    `micro_windows` of them go through the model at a time.
+    `micro_windows` of them go through the model at a time. Probes hold the router logits too with
+    `probe_logits`: 2 bytes a token, MoE layer and expert.
     """
 
     tokens: int = 1_000_000
@@ -91,6 +92,7 @@ class TrainRecipe:
     checkpoint_every: int = 200
     probe_at: tuple[int, ...] = ()
     probe_bytes: int = 4_000
+    probe_logits: bool = True
     eval_context: int = 512
 
 

@@ -25,6 +25,7 @@ _FREE = (
     "eval_context",
     "probe_at",
     "probe_bytes",
+    "probe_logits",
 )
 
 
