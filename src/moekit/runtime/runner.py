@@ -6,7 +6,7 @@ Shapes: B sequences of a step, T tokens of one of them, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -24,10 +24,12 @@ class Seq(Protocol):
 class Runner(Protocol):
     """Runs a decoder-only model on its own sequences.
 
-    What a sequence gets does not depend on the others of a step. `kv_bytes_per_token` is what a
-    token takes in the cache of a sequence.
+    Sequences are those that the runner made itself. What one gets does not depend on the others of
+    a step. `kv_bytes_per_token` is what a token takes in the cache of a sequence. Without
+    `can_chunk` a prompt is best given whole: its second part would go token by token.
     """
 
+    can_chunk: bool
     can_truncate: bool
     kv_bytes_per_token: int
 
@@ -36,7 +38,7 @@ class Runner(Protocol):
 
     def forward(
         self,
-        seqs: Sequence[Seq],
+        seqs: Sequence[Any],
         tokens: Sequence[Sequence[int]],
         all_positions: bool = False,
     ) -> Tensor | list[Tensor]:
@@ -46,7 +48,7 @@ class Runner(Protocol):
         error leaves the sequences of the step unusable: drop them.
         """
 
-    def drop(self, seq: Seq) -> None:
+    def drop(self, seq: Any) -> None:
         """Give back the memory of a sequence."""
 
     def close(self) -> None:
