@@ -82,17 +82,13 @@ def babel_analysis(record: dict[str, Any]) -> str:
     parts = [
         "## What babel's routing shows",
         "`benchmarks/babel_analysis.py`. Claims of papers about large models, checked on babel by "
-        f"rules that the script states. Text: up to {options['documents']} documents of a domain "
-        f"of `valid`, {options['length']} tokens of each; {options['sentences']} parallel "
+        "rules fixed beforehand, but for two that say so (`benchmarks/babel_claims.py`). Text: up "
+        f"to {options['documents']} documents of a domain of `valid`, {options['length']} tokens "
+        f"of each; {options['sentences']} parallel "
         "sentences a language. " + machine(record),
-        table(
-            ["claim", "verdict", "numbers"],
-            [
-                [f"{row['claim']} ({row['paper']})", f"**{row['verdict']}**", _numbers(row)]
-                for row in found["claims"]
-            ],
-        ),
-        "Rules: " + " ".join(f"({n}) {row['rule']}." for n, row in enumerate(found["claims"], 1)),
+        _claims(found["claims"]),
+        "The rules: "
+        + " ".join(f"({n}) {row['rule']}." for n, row in enumerate(found["claims"].values(), 1)),
         "Which experts serve whom: mutual information with the expert in bits (under exchange of "
         "labels between documents: mean), layers with p <= 0.05, and pairs beyond 95 % of the "
         "largest nPMI under exchange.",
@@ -149,16 +145,152 @@ def babel_analysis(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _numbers(claim: dict[str, Any]) -> str:
-    """The few numbers of a claim that decide it."""
-    numbers, shown = claim["numbers"], []
-    for name, value in numbers.items():
-        if isinstance(value, float | int):
-            text = str(value) if isinstance(value, int) else f"{value:.3f}"
-            shown.append(f"{name.replace('_', ' ')} {text}")
-        elif isinstance(value, list) and value and isinstance(value[0], float):
-            shown.append(f"{name.replace('_', ' ')} " + " ".join(f"{v:.3f}" for v in value))
-    return "; ".join(shown)
+def _claims(claims: dict[str, dict[str, Any]]) -> str:
+    """A row for every claim, with the numbers that decide it."""
+    rows = [
+        [
+            f"({n}) {row['claim']} ({row['paper']})",
+            f"**{row['verdict']}**",
+            CLAIM_NUMBERS[name](row["numbers"]),
+        ]
+        for n, (name, row) in enumerate(claims.items(), 1)
+    ]
+    return table(["claim", "verdict", "what decides it"], rows)
+
+
+def _list(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def _interval(values: list[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _phases(numbers: dict[str, Any]) -> str:
+    held = "router logits" if numbers["logits"] else "gate weights and no router logits"
+    return (
+        f"{numbers['probes']} probes over {numbers['steps']} steps, with {held}; gamma by probe "
+        + " ".join(f"{row['gamma']:.0f}" for row in numbers["course"])
+        + f", noise {numbers['noise']:.0f}; busiest expert over even share "
+        + _list([row["imbalance"] for row in numbers["course"]])
+    )
+
+
+CLAIM_NUMBERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "language-u": lambda n: (
+        f"divergence by layer {_list(n['by_layer_trained'])}; first third minus middle "
+        f"{_interval(n['early_minus_middle'])}, last {_interval(n['late_minus_middle'])}. All 17 "
+        f"languages: {_list(n['by_layer_all'])}"
+    ),
+    "language-loss": lambda n: (
+        f"rank correlation {n['correlation']:.2f} over {n['languages']} languages, p {n['p']:.3f}"
+    ),
+    "token-identity": lambda n: (
+        f"equal token {n['token']:.2f}, with equal token before {n['pair']:.2f}, equal position "
+        f"{n['position']:.3f}, shuffled {n['shuffled']:.3f}; by layer {_list(n['by_layer'])}"
+    ),
+    "cache-knee": lambda n: (
+        f"knee at {n['knees']['m=16']:g} times the active experts (LRU {n['knees']['lru']:g}, "
+        f"Belady {n['knees']['belady']:g}); hits at twice {n['at_twice']['sch']:.2f} (LRU "
+        f"{n['at_twice']['lru']:.2f}, Belady {n['at_twice']['belady']:.2f}, uniform routing "
+        f"{n['at_twice']['uniform']:.2f})"
+    ),
+    "next-layer": lambda n: (
+        f"recall {n['recall']:.2f}, with 4 more {n['recall_with_4_more']:.2f}; most used experts "
+        f"{n['popular']:.2f}, table of transitions {n['table_of_transitions']:.2f}"
+    ),
+    "next-layer-first": lambda n: f"recall by pair of layers {_list(n['by_layer'])}",
+    "next-layer-depth": lambda n: (
+        f"rank correlation {n['rank_correlation']:.2f} over {n['pairs']} pairs, p {n['p']:.2f}"
+    ),
+    "three-phases": _phases,
+    "super-experts": lambda n: (
+        f"largest output {n['largest_over_median']:.1f} times the median expert's, largest token "
+        f"{n['largest_token_over_median']:.1f} times the median token; attention to the first "
+        f"token {n['sink']:.3f} (equal attention {n['sink_uniform']:.3f})"
+    ),
+}
+
+
+def profile_cost(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{row['plain_seconds']:.2f}",
+            f"{row['profile_seconds']:.2f}",
+            f"**{row['ratio']:.2f}**",
+            f"{row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f}",
+        ]
+        for name, row in record["metrics"]["rows"].items()
+    ]
+    options = record["options"]
+    return "\n\n".join(
+        [
+            "## What profiling costs",
+            "`benchmarks/profile_cost.py`. The default statistics beside plain forward passes over "
+            "the same batches with transformers' own experts, on random models of babel's shape "
+            "and of a wider one (width 1024, 2 layers of 64 experts of 768, top 8); "
+            f"{options['dtype']}, processor seconds, medians of {options['repeats']}. The target "
+            f"is {record['metrics']['target']}. Below 1: the profile runs its experts one by one, "
+            "which was faster here than grouped_mm. " + machine(record),
+            table(["model, experts beside", "plain s", "profile s", "ratio", "range"], rows),
+        ]
+    )
+
+
+def profile_memory(record: dict[str, Any]) -> str:
+    limit = record["options"]["limit"]
+    rows = [
+        [
+            name,
+            f"{row['checkpoint_bytes'] / 1e6:,.0f}",
+            f"{limit / 1e6:.0f}",
+            f"**{row['peak_bytes'] / 1e6:.0f}**",
+            f"{row['seconds']:.0f}",
+        ]
+        for name, row in record["metrics"]["rows"].items()
+    ]
+    tokens = {row["tokens"] for row in record["metrics"]["rows"].values()}
+    return "\n\n".join(
+        [
+            "## Profiling a model larger than memory",
+            "`benchmarks/profile_memory.py`. `moekit profile --stream --memory` over "
+            f"{max(tokens):,} tokens on random bf16 checkpoints eight times the limit, in 48 "
+            "layers and in two layers so large that single experts are read. Peak: anonymous "
+            "memory (RssAnon) of the whole process, torch included, sampled from outside every 10 "
+            "ms. The limit is the process's own; nothing else held it. " + machine(record),
+            table(["checkpoint", "MB", "limit MB", "peak MB", "seconds"], rows),
+        ]
+    )
+
+
+def analyze_trace(record: dict[str, Any]) -> str:
+    found = record["metrics"]
+    rows = [
+        [
+            row["measure"],
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        ]
+        for row in found["measures"]
+    ]
+    total = found["total"]
+    rows.append(
+        ["**all**", "", f"**{total['seconds']:.1f}**", f"**{total['peak_bytes'] / 1e6:.0f}**"]
+    )
+    return "\n\n".join(
+        [
+            "## Analysing a large trace",
+            "`benchmarks/analyze_trace.py`. Every measure that needs only a trace, on one of "
+            f"{record['options']['tokens']:,} tokens by 24 layers by top 8 of 64 "
+            f"({total['trace_bytes'] / 1e6:.0f} MB on disk), synthetic with a stated skew; one "
+            "thread. Some measures read a stated part of the tokens. MB is the peak of anonymous "
+            "memory of the process so far, torch included. " + machine(record),
+            table(["measure", "tokens read", "seconds", "MB"], rows),
+        ]
+    )
 
 
 def convert_memory(record: dict[str, Any]) -> str:
@@ -186,6 +318,9 @@ def convert_memory(record: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "babel_quality": babel_quality,
     "babel_analysis": babel_analysis,
+    "profile_cost": profile_cost,
+    "profile_memory": profile_memory,
+    "analyze_trace": analyze_trace,
     "convert_memory": convert_memory,
 }
 
