@@ -233,7 +233,8 @@ def test_short_reads_are_continued(packed, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, "version 2; this moekit reads version 1"),
+        ("version", 1, "version 1; this moekit reads version 2. Convert the model again"),
+        ("tile", 8, "is damaged: .*tile 8"),
         ("format", "other", "no header of a packed model"),
         ("id", "0" * 31, "is damaged"),
         ("layers", [{}], "is damaged"),

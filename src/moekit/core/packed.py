@@ -9,7 +9,7 @@ A record is a `U8` tensor [1, n] that starts at a multiple of `PAGE` in its file
 of it long, so one direct read fetches it; the planes of an expert follow each other. It begins with
 `RECORD_HEADER` bytes: magic, layer (counted over MoE layers), expert, plane, CRC-32 of all other
 bytes, bytes used, and the id of the pack. Then come the arrays of `RecordLayout`, each at a
-multiple of `ALIGN`, little-endian.
+multiple of `ALIGN`, little-endian; those of the integer codecs in tiles (`ops.codecs.tiles`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from torch import Tensor
 from moekit.core.checkpoint import DTYPE_NAMES, read_json
 from moekit.core.errors import UserError
 from moekit.ops.codecs import Codec, Encoded, Part, make_codec
+from moekit.ops.codecs.tiles import TILE_ROWS, tile, tiled_nbytes, tiled_shape, untile
 
 PACKED_FILE = "packed.json"
 FORMAT = "moekit.packed"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 ALIGN = 64
 RECORD_HEADER = 64
@@ -93,13 +94,38 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
+class StoredArray:
+    """An array of a record: the matrix or bias it belongs to, which part of its encoding it is, and
+    where it begins."""
+
+    owner: str
+    part: Part
+    offset: int
+    tiled: bool
+
+    @property
+    def nbytes(self) -> int:
+        return tiled_nbytes(self.part) if self.tiled else self.part.nbytes
+
+    def write(self, array: Tensor, record: Tensor) -> None:
+        """Copy the array into the bytes [n] of its record."""
+        assert (tuple(array.shape), array.dtype) == (self.part.shape, self.part.dtype)
+        stored = tile(array) if self.tiled else array.contiguous()
+        record[self.offset : self.offset + self.nbytes] = stored.reshape(-1).view(torch.uint8)
+
+    def read(self, record: Tensor) -> Tensor:
+        """The array; a view into the bytes [n] of its record unless it is stored in tiles."""
+        raw = record[self.offset : self.offset + self.nbytes].view(self.part.dtype)
+        if self.tiled:
+            return untile(raw.view(tiled_shape(self.part)), self.part)
+        return raw.view(self.part.shape)
+
+
+@dataclass(frozen=True)
 class RecordLayout:
-    """Arrays of a record as (matrix or bias, part of its encoding, byte offset).
+    """The arrays of a record; `used` bytes are data, `size` is a multiple of `PAGE`."""
 
-    `used` bytes are data, `size` is a multiple of `PAGE`.
-    """
-
-    arrays: tuple[tuple[str, Part, int], ...]
+    arrays: tuple[StoredArray, ...]
     used: int
     size: int
 
@@ -110,16 +136,16 @@ def _record(
 ) -> RecordLayout:
     codec = choice.make()
     parts = [
-        (matrix.name, part)
+        (matrix.name, part, codec.tiled)
         for matrix in matrices
         for part in codec.layout((matrix.shape[0], matrix.shape[1]))[plane]
     ]
     if plane == 0:
-        parts += [(vector.name, vector) for vector in vectors]
+        parts += [(vector.name, vector, False) for vector in vectors]
     arrays, offset, used = [], RECORD_HEADER, RECORD_HEADER
-    for owner, part in parts:
-        arrays.append((owner, part, offset))
-        used = offset + part.nbytes
+    for owner, part, tiled in parts:
+        arrays.append(StoredArray(owner, part, offset, tiled))
+        used = offset + arrays[-1].nbytes
         offset = -(-used // ALIGN) * ALIGN
     return RecordLayout(tuple(arrays), used, -(-used // PAGE) * PAGE)
 
@@ -139,14 +165,11 @@ def write_record(
     """The record [1, n] of one plane of an expert."""
     layout = header.layers[position].record(expert, plane)
     record = torch.zeros(layout.size, dtype=torch.uint8)
-    for owner, part, offset in layout.arrays:
-        if owner in parts.vectors:
-            array = parts.vectors[owner]
+    for stored in layout.arrays:
+        if stored.owner in parts.vectors:
+            stored.write(parts.vectors[stored.owner], record)
         else:
-            array = parts.matrices[owner].planes[plane][part.name]
-        assert (tuple(array.shape), array.dtype) == (part.shape, part.dtype)
-        raw = array.contiguous().reshape(-1).view(torch.uint8)
-        record[offset : offset + part.nbytes] = raw
+            stored.write(parts.matrices[stored.owner].planes[plane][stored.part.name], record)
     fields = (MAGIC, position, expert, plane, 0, layout.used, bytes.fromhex(header.id))
     view = record.numpy().data
     view[: _FIELDS.size] = _FIELDS.pack(*fields)
@@ -177,19 +200,18 @@ def check_record(
 
 
 def read_parts(layer: PackedLayer, expert: int, records: list[Tensor]) -> ExpertParts:
-    """The arrays of an expert as views into the records [n] of its first planes."""
+    """The arrays of an expert from the records [n] of its first planes, views where they are not
+    stored in tiles."""
     planes: dict[str, list[dict[str, Tensor]]] = {m.name: [] for m in layer.matrices}
     vectors = {}
     for plane, record in enumerate(records):
         for arrays in planes.values():
             arrays.append({})
-        for owner, part, offset in layer.record(expert, plane).arrays:
-            raw = record[offset : offset + part.nbytes]
-            array = raw.view(part.dtype).view(part.shape)
-            if owner in planes:
-                planes[owner][plane][part.name] = array
+        for stored in layer.record(expert, plane).arrays:
+            if stored.owner in planes:
+                planes[stored.owner][plane][stored.part.name] = stored.read(record)
             else:
-                vectors[owner] = array
+                vectors[stored.owner] = stored.read(record)
     matrices = {
         matrix.name: Encoded((matrix.shape[0], matrix.shape[1]), tuple(planes[matrix.name]))
         for matrix in layer.matrices
@@ -215,6 +237,7 @@ class PackedHeader:
         content = {
             "format": FORMAT,
             "version": VERSION,
+            "tile": TILE_ROWS,
             "id": self.id,
             "layers": [_layer_to_json(layer) for layer in self.layers],
             "resident_files": list(self.resident_files),
@@ -254,6 +277,8 @@ class PackedHeader:
                 raise ValueError(f"file name {name!r}")
         if not re.fullmatch("[0-9a-f]{32}", content["id"]):
             raise ValueError(f"id {content['id']!r}")
+        if content["tile"] != TILE_ROWS:
+            raise ValueError(f"tile {content['tile']!r}")
         made = cls(
             content["id"],
             tuple(_layer_from_json(layer) for layer in content["layers"]),

@@ -1,8 +1,9 @@
 """Compiles the C++ files of this folder into one shared library, once a machine and version.
 
 The library lies in `$MOEKIT_CACHE` (default `~/.cache/moekit`), named after everything it was made
-from, with its own SHA-256 at the end, so that a file that was cut short is never loaded. Files whose
-name ends in an instruction set are compiled for it; `kernels.h` says which machine runs them.
+from, with its own SHA-256 at the end, so that a file that was cut short is never loaded. Files
+whose name ends in an instruction set are compiled for it; `dispatch.cpp` says which machine runs
+them.
 """
 
 from __future__ import annotations
