@@ -42,6 +42,8 @@ class MoELayer:
     shared_names: tuple[str, ...] = ()
     # Whether the family's own experts accept ids of -1.
     runs_partial_rows = False
+    # Whether a token's routing depends on the other tokens of the same forward.
+    mixes_tokens = False
 
     # The modules of the model's own family; what they have differs by family.
     block: Any

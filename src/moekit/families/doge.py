@@ -25,6 +25,7 @@ class DogeLayer(MoELayer):
     router_name = "router_gate"
     shared_names = ("gate_proj", "up_proj", "down_proj")
     runs_partial_rows = True
+    mixes_tokens = True
 
     @classmethod
     def matches(cls, block: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from transformers.cache_utils import (
 )
 
 from moekit.core.errors import UserError
+from moekit.core.view import MoEView
+from moekit.runtime.cache_size import measure_cache
 
 # Tokens of a prompt that are run at once: what bounds the memory of activations.
 CHUNK = 512
@@ -40,7 +42,6 @@ class GraphSequence:
         if not 0 <= length <= self.length:
             raise ValueError(f"truncate to {length} of {self.length} tokens")
         if length < self.length:
-            # Slices would keep the memory of what was cut off.
             self.cache.crop(length - self.length)
             self.length = length
 
@@ -74,9 +75,11 @@ class GraphRunner:
         layers = getattr(cache, "layers", [])
         kinds = {type(layer) for layer in layers}
         plain = type(cache) is DynamicCache and bool(layers)
-        self.can_chunk = plain and kinds <= _CHUNKABLE
+        mixing = any(layer.mixes_tokens for layer in MoEView(model))
+        self.can_chunk = plain and kinds <= _CHUNKABLE and not mixing
         self.can_truncate = plain and kinds <= _CROPPABLE
-        self.kv_bytes_per_token = 0
+        self.cache_size = measure_cache(model, self._new_cache)
+        self.kv_bytes_per_token = self.cache_size.per_token
 
     def _new_cache(self) -> Any:
         # The others make the cache of their family in their first forward.
@@ -108,9 +111,10 @@ class GraphRunner:
         return rows if all_positions else torch.cat(rows)
 
     def _append(self, seq: GraphSequence, tokens: Sequence[int], all_positions: bool) -> Tensor:
-        kept = []
+        kept: list[Tensor] = []
+        call: Any = self.model
         for piece in self._pieces(seq.length, tokens):
-            output = self.model(
+            output = call(
                 input_ids=torch.tensor([piece]),
                 past_key_values=seq.cache,
                 use_cache=True,
@@ -119,7 +123,9 @@ class GraphRunner:
             seq.cache = output.past_key_values
             seq.length += len(piece)
             logits = output.logits[0] if all_positions else output.logits[0, -1:]
-            kept = [*kept, logits.float()] if all_positions else [logits.float()]
+            if not all_positions:
+                kept.clear()
+            kept.append(logits.float())
         return torch.cat(kept)
 
     def _pieces(self, length: int, tokens: Sequence[int]) -> Iterator[Sequence[int]]:

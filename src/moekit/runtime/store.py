@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from moekit.core.checkpoint import Checkpoint, read_header
+from moekit.core.checkpoint import Checkpoint, TensorInfo, read_header
 from moekit.core.errors import UserError
 from moekit.core.packed import (
     PAGE,
@@ -31,6 +31,8 @@ from moekit.core.packed import (
     read_parts,
 )
 
+# The resident part is read through a buffer of this size.
+BUFFER_BYTES = 2**23
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -157,22 +159,39 @@ class ExpertStore:
     def resident(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the resident part, by the model's parameter names, each verified."""
         for name in self.header.resident_files:
-            try:
-                with Checkpoint(self.path / name) as file:
-                    for tensor in file.names():
-                        yield tensor, self._resident(file, tensor)
-            except OSError as error:
-                raise self._unreadable(name, error) from None
+            # The file's own header knows shapes and dtypes; its data is read past the page cache.
+            with Checkpoint(self.path / name) as file:
+                for tensor in file.names():
+                    yield tensor, self._resident(tensor, file.info(tensor))
 
-    def _resident(self, file: Checkpoint, name: str) -> Tensor:
-        tensor = file.get(name)
-        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def resident_info(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of the tensors of the resident part, which are not read."""
+        found = {}
+        for name in self.header.resident_files:
+            with Checkpoint(self.path / name) as file:
+                found.update({tensor: file.info(tensor) for tensor in file.names()})
+        return found
+
+    def _resident(self, name: str, info: TensorInfo) -> Tensor:
+        record = self._records[name]
+        data = torch.empty(record.size, dtype=torch.uint8)
+        buffer = page_aligned(min(BUFFER_BYTES, record.size + 2 * PAGE))
+        crc, done = 0, 0
+        while done < record.size:
+            start = record.offset + done
+            first = start - start % PAGE
+            got = self._read(record.file, first, buffer, start + 1)
+            piece = buffer[start - first : got][: record.size - done]
+            data[done : done + len(piece)] = piece
+            crc = zlib.crc32(piece.numpy().data, crc)
+            done += len(piece)
         if crc != self.header.resident[name]:
             raise StoreError(
-                f"{file.path}: tensor {name} is damaged: its checksum is {crc:08x} instead of "
-                f"{self.header.resident[name]:08x}. Copy the file again or convert the model again."
+                f"{self.path / record.file}: tensor {name} is damaged: its checksum is {crc:08x} "
+                f"instead of {self.header.resident[name]:08x}. Copy the file again or convert the "
+                "model again."
             )
-        return tensor
+        return data.view(info.dtype).view(info.shape)
 
     def _planes(self, layer: int, expert: int, planes: int | None) -> list[_Record]:
         if not 0 <= layer < len(self.layers):
@@ -205,8 +224,11 @@ class ExpertStore:
                 self._verified.add(name)
                 self.stats.verified += 1
 
-    def _read(self, name: str, offset: int, into: Tensor) -> None:
+    def _read(self, name: str, offset: int, into: Tensor, needed: int | None = None) -> int:
+        """Fill `into` from `offset` on; with `needed` the file may end there or later, and the
+        count of bytes that were read is less."""
         view = into.numpy().data
+        stop = offset + len(view) if needed is None else needed
         done = 0
         while done < len(view):
             try:
@@ -219,12 +241,15 @@ class ExpertStore:
             with self._lock:
                 self.stats.reads += 1
                 self.stats.bytes += count
+            done += count
+            if needed is not None and offset + done >= needed:
+                break
             if count == 0:
                 raise StoreError(
                     f"{self.path / name} became shorter while it was open: bytes {offset} to "
-                    f"{offset + len(view)} were asked for and it ends at {offset + done}."
+                    f"{stop} were asked for and it ends at {offset + done}."
                 )
-            done += count
+        return done
 
     def _file(self, name: str) -> int:
         with self._lock:
