@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -151,10 +152,111 @@ def test_belady_is_above_every_policy(seed):
 def test_hot_set_hits_what_its_profile_holds():
     ids = routing(500, 8, 2, skew=1.0)
     counts = np.bincount(ids.ravel(), minlength=8)
-    for hold in (False, True):
-        found = replay(ids, 8, policy("hot-set"), [2, 3, 5], profile=counts[None], hold=hold)
-        expected = [np.sort(counts)[::-1][:slots].sum() for slots in (2, 3, 5)]
-        assert found.hits[:, 0].tolist() == expected
+    found = replay(ids, 8, policy("hot-set"), [2, 3, 5], profile=counts[None])
+    expected = [np.sort(counts)[::-1][:slots].sum() for slots in (2, 3, 5)]
+    assert found.hits[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_a_hot_set_that_holds_gives_up_its_lowest_slots(slots):
+    """In plain loops: what is passed through needs a slot, and leaves first."""
+    ids = routing(500, 8, 2, skew=1.0)
+    counts = np.bincount(ids.ravel(), minlength=8)
+    inside, hits = set(np.argsort(-counts, kind="stable")[:slots].tolist()), 0
+    for token in ids[:, 0].tolist():
+        hits += len(inside & set(token))
+        for expert in set(token) - inside:
+            inside.remove(min(inside - set(token), key=lambda e: (counts[e], e)))
+            inside.add(expert)
+    found = replay(ids, 8, policy("hot-set"), [slots], profile=counts[None], hold=True)
+    assert found.hits[0, 0] == hits
+
+
+def test_a_profile_changes_nothing_for_the_scores_without_one():
+    ids = routing(200, 8, 2, skew=0.5)
+    for name in (*ONLINE, "belady"):
+        bare, given = (
+            replay(ids, 8, policy(name), [3, 5], profile=profile).hits
+            for profile in (None, np.arange(8.0)[None])
+        )
+        assert bare.tolist() == given.tolist()
+
+
+def shared_worth(score, uses, now, layer, layers, per_layer):
+    """The score of expert e, from its definition, for those that see layers."""
+
+    def worth(expert):
+        own = expert // per_layer
+        value = 0.0
+        if score.half_life:
+            value = sum(2.0 ** ((step - now) / score.half_life) for step, _ in uses[expert])
+        if score.distance:
+            value /= (own - layer - 1) % layers + 2
+        first = own < math.ceil(score.shallow * layers)
+        # Scores by count that are equal go by number.
+        return (first, value, expert if score.frequency else uses[expert][-1])
+
+    return worth
+
+
+@pytest.mark.parametrize("name", ["shallow-first", "edgemoe", "auto", "lru"])
+def test_shared_pools_equal_their_definition(name):
+    layers, per_layer, score = 3, 6, policy(name)
+    own = routing(200, per_layer, 2, streams=layers, seed=5, skew=0.6)
+    ids = (own + np.arange(layers)[:, None] * per_layer).reshape(-1, 1, 2)
+    for slots in (4, 7, 12):
+        inside, hits, uses = set(), 0, {}
+        for step, token in enumerate(ids[:, 0].tolist()):
+            now, layer = divmod(step, layers)
+            hits += len(inside & set(token))
+            for place, expert in enumerate(token):
+                uses.setdefault(expert, []).append((now, 2 * step + place))
+            worth = shared_worth(score, uses, now, layer, layers, per_layer)
+            for expert in token:
+                if expert not in inside and len(inside) == slots:
+                    inside.remove(min(inside - set(token), key=worth))
+                inside.add(expert)
+        found = replay(ids, layers * per_layer, score, [slots], hold=True, layers=layers)
+        assert found.hits[0, 0] == hits
+
+
+def test_minus_recent_score_is_the_moving_average_of_the_best_scores():
+    rng = np.random.default_rng(4)
+    scores = rng.random((300, 8))
+    order = np.argsort(-scores, axis=1)
+    near, ids = order[:, :4], order[:, :2]
+    average, inside, hits = np.zeros(8), set(), 0
+    for step in range(300):
+        token = set(ids[step].tolist())
+        top = np.zeros(8)
+        top[near[step]] = scores[step, near[step]]
+        average = 0.5 * top + 0.5 * average
+        hits += len(inside & token)
+        for expert in ids[step].tolist():
+            if expert not in inside and len(inside) == 4:
+                inside.remove(min(inside - token, key=average.__getitem__))
+            inside.add(expert)
+    gains = (near[:, None], np.take_along_axis(scores, near, axis=1)[:, None])
+    found = replay(ids[:, None], 8, policy("mrs"), [4], hold=True, gains=gains)
+    assert found.hits[0, 0] == hits
+
+
+def test_a_refreshed_set_changes_only_at_its_refreshes():
+    """Counts that doubled move their rank at the next refresh; steady ones keep theirs."""
+    score = CacheScore(frequency=True, half_life=1e9, refresh=100, hysteresis=0.5)
+    state = ScoreState(score, 1, 4)
+    seen = []
+    for step in range(1000):
+        experts = np.array([[0, 1]]) if step < 500 else np.array([[2, 1]])
+        state.use(step, experts)
+        seen.append(state.keys[0, :4].copy())
+    changes = [step for step in range(1, 1000) if (seen[step] != seen[step - 1]).any()]
+    assert changes[:3] == [1, 3, 7]
+    assert (np.diff(changes[7:]) == 100).all()
+    assert seen[520][0] > seen[520][2]
+    # 400 or 500 uses of expert 2 are within half of the 500 of the others.
+    assert seen[-1][1] > seen[-1][0]
+    assert seen[-1][2] > seen[520][2]
 
 
 def test_stack_distances_give_lru_at_every_capacity(golden):
@@ -212,6 +314,8 @@ def test_impossible_scores_are_refused(golden):
     for settings in itertools.chain(
         [{"half_life": 0.0, "frequency": True}, {"future": "window"}],
         [{"frequency": True, "profile": True}, {"window": 3}],
+        [{"near": 2.0}, {"refresh": 8}, {"distance": True}, {"shallow": 1.5}],
+        [{"shallow": 0.5, "profile": True}, {"shallow": 0.5, "frequency": True}],
     ):
         with pytest.raises(UserError):
             CacheScore(**settings)

@@ -53,9 +53,10 @@ def cache_curve(
     width = ids.shape[2]
     active = width * (len(trace.layers) if shared else 1)
     capacities = _capacities(active, num_experts)
+    layers = len(trace.layers) if shared else 1
     found = {
         name: replay(
-            ids, num_experts, policy(name), capacities, hold=True, profile=profile
+            ids, num_experts, policy(name), capacities, layers=layers, hold=True, profile=profile
         ).hit_rate
         for name in POLICIES
     }

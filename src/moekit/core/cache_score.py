@@ -2,7 +2,8 @@
 
 The lowest score is evicted. Score = frequency term, or a static profile, or knowledge of the
 future; ties go to the less recently used expert, so all terms off is LRU. Policies see routing
-only, never tensors. Shapes: N streams (layers, say), E experts, K chosen.
+only, never tensors. Shapes: N streams (a pool of slots each), E experts of a stream, K chosen,
+G experts that gain from a token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from moekit.core.registry import register_preset, registry
 
 # A score is primary * CLOCK + time of last use: exact in float64 up to 8e6 uses and 1e9 accesses.
 CLOCK = 2.0**30
+# Above every time of last use; a score keeps single accesses apart beside it.
+FIRST = 2.0**40
+# Below the logarithm of any count, and still finite: differences of two are 0.
+NEVER = -1e300
 
 Future = Literal["none", "window", "next use"]
 
@@ -28,13 +33,23 @@ class CacheScore:
     """What a cache policy scores an expert by.
 
     `frequency` counts uses, each worth half as much after `half_life` tokens (None: for ever).
-    `profile` ranks by given counts instead: the best are loaded before the first token, and an
-    expert enters only by outranking one inside. `future` knows the trace: "window" counts the uses
-    in the `window` tokens from the current one, "next use" is Belady's optimum.
+    With `near` the router's scores count instead of uses: those of the near * K best experts of a
+    token. `refresh` lets a new count replace the old only every so many tokens, and only where they
+    differ by more than the factor 1 + `hysteresis`. `distance` divides the count by the layers
+    until the expert's next turn, plus one. `shallow` is the share of the layers, from the first on,
+    whose experts stay before all others. `profile` ranks by given counts instead: the best are
+    loaded before the first token, and an expert that was passed through goes first. `future` knows
+    the trace: "window" counts the uses in the `window` tokens from the current one, "next use" is
+    Belady's optimum.
     """
 
     frequency: bool = False
     half_life: float | None = None
+    near: float = 0.0
+    refresh: int = 0
+    hysteresis: float = 0.0
+    distance: bool = False
+    shallow: float = 0.0
     profile: bool = False
     future: Future = "none"
     window: int = 0
@@ -42,16 +57,31 @@ class CacheScore:
     def __post_init__(self) -> None:
         if self.half_life is not None and not self.half_life > 0:
             raise UserError(f"half_life is {self.half_life} tokens; it must be above 0")
+        if not 0 <= self.shallow <= 1:
+            raise UserError(f"shallow is {self.shallow}; it is a share of the layers, 0 to 1")
+        if min(self.near, self.refresh, self.hysteresis) < 0:
+            raise UserError("near, refresh and hysteresis of a cache score are 0 or more")
         if (self.future == "window") != (self.window > 0):
             raise UserError(f"future {self.future!r} does not go with a window of {self.window}")
         if self.profile + self.frequency + (self.future != "none") > 1:
             raise UserError("a cache score is by frequency, by profile or by future: choose one")
+        if self.shallow and (self.profile or self.future != "none"):
+            raise UserError("shallow goes with recency or an aged frequency")
+        if self.shallow and self.frequency and not self.half_life:
+            raise UserError("shallow with frequency needs a half_life")
+        of_counts = self.near or self.refresh or self.hysteresis or self.distance
+        if of_counts and not (self.frequency and self.half_life):
+            raise UserError(
+                "near, refresh and distance of a cache score need frequency and a half_life"
+            )
 
 
 class ScoreState:
     """The scores of the experts of N streams, updated by every use; for scores without future.
 
-    `profile` [N, E] is needed by a score that has one.
+    A stream of `layers` layers has E / layers experts of each, one layer after another. `profile`
+    [N, E] is needed by a score that has one. `keys` [N, E + 1] are the scores; the last column
+    takes what is written for places without an expert.
     """
 
     def __init__(
@@ -60,36 +90,89 @@ class ScoreState:
         num_streams: int,
         num_experts: int,
         profile: NDArray[np.float64] | None = None,
+        *,
+        layers: int = 1,
     ):
         if score.profile and profile is None:
             raise UserError("a static hot set needs a profile: counts by layer and expert")
         self.score = score
-        self._profile = profile
-        self._mass = np.full((num_streams, num_experts + 1), -np.inf if score.half_life else 0.0)
+        self.keys = np.zeros((num_streams, num_experts + 1))
+        if score.profile and profile is not None:
+            self.keys[:, :num_experts] = profile
+        self._mass = np.full(self.keys.shape, NEVER if score.half_life else 0.0)
         self._rows = np.arange(num_streams)[:, None]
         self._clock = 0
+        self._decay = math.log(2) / score.half_life if score.half_life else 0.0
+        self._refreshed, self._next_refresh = 0.0, 0.0
+        self._offsets = _offsets(score, num_experts, layers)
 
-    def use(self, step: int, ids: NDArray[np.intp]) -> NDArray[np.float64]:
-        """The scores [N, K] after token `step` used the experts ids [N, K] in this order.
+    def use(
+        self,
+        time: float,
+        ids: NDArray[np.intp],
+        *,
+        counts: NDArray[np.floating] | None = None,
+        gains: tuple[NDArray[np.intp], NDArray[np.floating]] | None = None,
+    ) -> NDArray[np.float64]:
+        """The scores [N, K] of the experts ids [N, K], used in this order by token number `time`.
 
-        The ids of one row differ, except that unused places hold the number of experts.
+        The ids of one row differ, except that unused places hold the number of experts. `counts`
+        [N, K] says how many tokens used each, 1 by default. `gains` are experts [N, G] and their
+        router scores [N, G], for a score of those; without them a use counts 1. The caller writes
+        the scores that are returned into `keys`; scores of other experts are changed there.
         """
-        width = ids.shape[1]
-        clock = self._clock + np.arange(width)
-        self._clock += width
-        if self._profile is not None:
-            return self._profile[self._rows, np.minimum(ids, self._profile.shape[1] - 1)]
-        if not self.score.frequency:
-            return np.broadcast_to(clock.astype(np.float64), ids.shape)
-        mass = self._mass[self._rows, ids]
-        if self.score.half_life:
-            # Growing the new instead of shrinking the old keeps untouched scores comparable; the
-            # logarithm keeps them finite.
-            mass = np.logaddexp(mass, step * math.log(2) / self.score.half_life)
+        score = self.score
+        clock = self._clock
+        self._clock += ids.shape[1]
+        if score.profile:
+            return self.keys[self._rows, ids]
+        if not score.frequency:
+            return np.arange(clock, self._clock, dtype=np.float64)[None].repeat(len(ids), axis=0)
+        if not score.half_life:
+            mass = self._mass[self._rows, ids] + (1 if counts is None else counts)
             self._mass[self._rows, ids] = mass
-            return mass
-        self._mass[self._rows, ids] = mass + 1
-        return (mass + 1) * CLOCK + clock
+            return mass * CLOCK + np.arange(clock, self._clock)
+        gaining, amounts = gains if score.near and gains is not None else (ids, counts)
+        # Growing the new instead of shrinking the old keeps untouched scores comparable; the
+        # logarithm keeps them finite.
+        grown = time * self._decay + (0.0 if amounts is None else np.log(amounts))
+        mass = np.logaddexp(self._mass[self._rows, gaining], grown)
+        self._mass[self._rows, gaining] = mass
+        if score.refresh:
+            if time >= self._next_refresh:
+                self._refresh(time)
+            return self.keys[self._rows, ids]
+        if gaining is not ids:
+            self.keys[self._rows, gaining] = mass
+            return self._mass[self._rows, ids]
+        return mass
+
+    def present(self, layer: int = 0) -> NDArray[np.float64]:
+        """The scores [N, E + 1] to compare while the experts of `layer` are used."""
+        return self.keys if self._offsets is None else self.keys + self._offsets[layer]
+
+    def _refresh(self, time: float) -> None:
+        # Kept scores go on at the rate they had: only then is a difference a change of rate.
+        steady = self.keys + (time - self._refreshed) * self._decay
+        moved = np.abs(self._mass - steady) > math.log1p(self.score.hysteresis)
+        self.keys[:] = np.where(moved, self._mass, steady)
+        # Twice as far each time up to the interval, so that a cold start learns at once.
+        self._refreshed = time
+        self._next_refresh = min(time + self.score.refresh, 2 * time + 1)
+
+
+def _offsets(score: CacheScore, num_experts: int, layers: int) -> NDArray[np.float64] | None:
+    """What is added to the scores while a layer is served, [layers, E + 1]."""
+    if not score.distance and not score.shallow:
+        return None
+    layer = np.arange(num_experts + 1) // (num_experts // layers)
+    added = np.zeros((layers, num_experts + 1))
+    if score.distance:
+        turns = (layer[None, :] - np.arange(layers)[:, None] - 1) % layers + 1
+        added -= np.log1p(turns)
+    if score.shallow:
+        added += np.where(layer < math.ceil(score.shallow * layers), FIRST, 0.0)
+    return added
 
 
 def policy(name: str) -> CacheScore:
@@ -126,9 +209,60 @@ register_preset(
 )
 register_preset(
     CacheScore,
+    "mrs",
+    kind="policy",
+    title="Evict the expert of the lowest recent router score (minus recent score)",
+    paper="HybriMoE 2504.05897",
+    needs=("trace",),
+    lossless=True,
+    limits="Where no router scores are given a use counts 1.",
+    settings={"frequency": True, "half_life": 1.0, "near": 2.0},
+)
+register_preset(
+    CacheScore,
+    "shallow-first",
+    kind="policy",
+    title="Keep the experts of the first eighth of the layers, evict the others by last use",
+    paper="Fate 2502.12224",
+    needs=("trace",),
+    lossless=True,
+    limits="For slots that layers share. Least recently used instead of the paper's ARC.",
+    settings={"shallow": 0.125},
+)
+register_preset(
+    CacheScore,
+    "edgemoe",
+    kind="policy",
+    title="Evict by frequency over the number of layers until the expert's next turn",
+    paper="EdgeMoE 2308.14352",
+    needs=("trace",),
+    lossless=True,
+    limits="For slots that layers share. The formula is inferred from the description.",
+    settings={"frequency": True, "half_life": 128.0, "distance": True},
+)
+register_preset(
+    CacheScore,
+    "refreshed-set",
+    kind="policy",
+    title="A hot set learned from running counts, renewed every 128 tokens with hysteresis",
+    needs=("trace",),
+    lossless=True,
+    settings={"frequency": True, "half_life": 512.0, "refresh": 128, "hysteresis": 0.25},
+)
+register_preset(
+    CacheScore,
+    "auto",
+    kind="policy",
+    title="The default: least frequently used, uses halving in worth every 64 tokens",
+    needs=("trace",),
+    lossless=True,
+    settings={"frequency": True, "half_life": 64.0},
+)
+register_preset(
+    CacheScore,
     "hot-set",
     kind="policy",
-    title="Keep the experts that a profile used most; the rest pass through",
+    title="Keep the experts that a profile used most; others leave first",
     needs=("trace",),
     lossless=True,
     limits="As good as the profile resembles the traffic.",

@@ -48,35 +48,35 @@ def replay(
     score: CacheScore,
     capacities: Sequence[int],
     *,
+    layers: int = 1,
     free_start: bool = False,
     hold: bool = False,
     profile: NDArray[np.floating] | None = None,
+    gains: tuple[NDArray[np.integer], NDArray[np.floating]] | None = None,
 ) -> Replay:
     """Replay ids [T, N, K] through N caches of each of the capacities, in slots of one expert.
 
-    An id of -1 is no access; the others of a token differ. `free_start` counts the first use of an
-    expert as a hit while the cache still has free slots, as the paper does. `hold` keeps the
-    experts of a token until all of them are inside, as an engine that computes them together must;
-    it needs K slots, and changes nothing for a score by profile, whose other experts pass through
-    without a slot. `profile` [N, E] ranks experts for a score that asks for one. Raises UserError
-    for a capacity below 1, or below K with `hold`.
+    An id of -1 is no access; the others of a token differ. `layers` is the number of layers that
+    share a stream, whose tokens then are the layers of a token in turn (`accesses`). `free_start`
+    counts the first use of an expert as a hit while the cache still has free slots, as the paper
+    does. `hold` keeps the experts of a token until all of them are inside, as an engine that
+    computes them together must; it needs K slots. Without it an expert passes through a hot set
+    that it is not in and takes no slot. `profile` [N, E] ranks experts for a score that asks for
+    one; `gains` are experts [T, N, G] and their router scores [T, N, G] for one that asks for them.
+    Raises UserError for a capacity below 1, or below K with `hold`.
     """
     ids = _checked(ids, num_experts, capacities, hold)
     steps, streams, _ = ids.shape
     cache = _Cache(streams, num_experts, capacities)
-    keys = _keys(score, ids, num_experts, profile)
-    if score.profile and profile is not None:
-        cache.load_best(np.asarray(profile, dtype=np.float64))
+    ranks = None if profile is None else np.asarray(profile, dtype=np.float64)
+    scores = _scores(score, ids, num_experts, ranks, layers)
+    if score.profile and ranks is not None:
+        cache.load_best(ranks)
     seen = np.zeros((streams, num_experts + 1), dtype=bool)
     rows = np.arange(streams)[:, None]
     hits = np.zeros((len(capacities), streams), dtype=np.int64)
     for step in range(steps):
         now = ids[step]
-        if score.future == "window":
-            first = step + score.window - 1
-            entering = ids[: score.window] if step == 0 else ids[first : first + 1]
-            for row in entering:
-                cache.raise_by(CLOCK, row)
         inside = cache.inside(now)
         if free_start:
             new = ~seen[rows, now] & (now < num_experts)
@@ -84,7 +84,11 @@ def replay(
             inside |= new & (cache.room[:, :, None] > np.cumsum(new, axis=1) - new)
             seen[rows, now] = True
         hits += inside.sum(-1)
-        cache.insert(now, next(keys), hold=hold and not score.profile, only_better=score.profile)
+        gained = None if gains is None else (gains[0][step], gains[1][step])
+        served = scores.use(step // layers, now, gains=gained)
+        present = scores.present(step % layers)
+        cache.insert(now, served, present, hold=hold, only_better=score.profile and not hold)
+        scores.keys[rows, now] = served
     return Replay(tuple(capacities), hits, (ids < num_experts).sum((0, 2)))
 
 
@@ -149,14 +153,14 @@ def stack_distances(ids: NDArray[np.integer], num_experts: int) -> NDArray[np.in
 
 
 class _Cache:
-    """Who is inside, as the score of every expert inside and infinity for the others."""
+    """Who is inside N caches of each of C capacities."""
 
     def __init__(self, streams: int, num_experts: int, capacities: Sequence[int]):
         self._slots = np.asarray(capacities)[:, None]
         self._filled = np.zeros((len(capacities), streams), dtype=np.int64)
-        # One more column takes the writes for places without an expert.
-        self._scores = np.full((len(capacities), streams, num_experts + 1), np.inf)
-        self._flat = self._scores.reshape(-1)
+        # One more column takes the writes for places without an expert, and stays False.
+        self._inside = np.zeros((len(capacities), streams, num_experts + 1), dtype=bool)
+        self._flat = self._inside.reshape(-1)
         starts = np.arange(len(capacities) * streams) * (num_experts + 1)
         self._starts = starts.reshape(len(capacities), streams)
         self._nobody = num_experts
@@ -170,43 +174,45 @@ class _Cache:
         order = np.argsort(-profile, axis=1, kind="stable")
         for number, slots in enumerate(self._slots[:, 0]):
             best = order[:, :slots]
-            values = np.take_along_axis(profile, best, axis=1)
-            np.put_along_axis(self._scores[number], best, values, axis=1)
+            np.put_along_axis(self._inside[number], best, True, axis=1)
             self._filled[number] = best.shape[1]
 
     def inside(self, ids: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which of ids [N, K] every cache holds, [C, N, K]."""
-        return self._flat[self._starts[:, :, None] + ids] < np.inf
-
-    def raise_by(self, amount: float, ids: NDArray[np.intp]) -> None:
-        """Add to the scores of ids [N, K] where they are inside."""
-        self._flat[self._starts[:, :, None] + ids] += amount
+        return self._flat[self._starts[:, :, None] + ids]
 
     def insert(
-        self, ids: NDArray[np.intp], keys: NDArray[np.float64], *, hold: bool, only_better: bool
+        self,
+        ids: NDArray[np.intp],
+        served: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        *,
+        hold: bool,
+        only_better: bool,
     ) -> None:
-        """Insert ids [N, K] one after another with their scores `keys` [N, K]."""
+        """Insert ids [N, K] one after another; their scores [N, K] then, all scores [N, E + 1]."""
         places = self._starts[:, :, None] + ids
+        compared = np.where(self._inside, scores, np.inf)
+        flat = compared.reshape(-1)
         if hold:
-            # Above every score until all are in, so that none of them evicts another.
-            present = self._flat[places] < np.inf
-            self._flat[places] = np.where(present, np.finfo(np.float64).max, np.inf)
+            flat[places] = np.inf
         for place in range(ids.shape[1]):
             target = places[:, :, place]
-            real = ids[:, place] < self._nobody
-            value = np.finfo(np.float64).max if hold else keys[:, place]
-            outside = (self._flat[target] == np.inf) & real
-            full = self._filled >= self._slots
-            victim = self._starts + self._scores.argmin(-1)
-            lowest = self._flat[victim]
-            enters = outside & (~full | (value > lowest)) if only_better else outside
-            self._flat[victim] = np.where(enters & full, np.inf, lowest)
-            self._filled += enters & ~full
-            held = real & ~(outside & ~enters)
-            self._flat[target] = np.where(held, value, np.inf)
-        if hold:
-            present = self._flat[places] < np.inf
-            self._flat[places] = np.where(present, keys, np.inf)
+            outside = ~self._flat[target] & (ids[:, place] < self._nobody)
+            if outside.any():
+                full = self._filled >= self._slots
+                victim = self._starts + compared.argmin(-1)
+                lowest = flat[victim]
+                enters = outside
+                if only_better:
+                    enters = outside & (~full | (served[:, place] > lowest))
+                evicts = enters & full
+                flat[victim] = np.where(evicts, np.inf, lowest)
+                self._flat[victim] &= ~evicts
+                self._flat[target] |= enters
+                self._filled += enters & ~full
+            if not hold:
+                flat[target] = np.where(self._flat[target], served[:, place], np.inf)
 
 
 def _checked(
@@ -226,26 +232,44 @@ def _checked(
     return np.where(ids < 0, num_experts, ids).astype(np.intp)
 
 
-def _keys(
+def _scores(
     score: CacheScore,
     ids: NDArray[np.intp],
     num_experts: int,
-    profile: NDArray[np.floating] | None,
-) -> Iterator[NDArray[np.float64]]:
-    """Yield the scores [N, K] that the experts of each token have once it is served."""
-    steps, streams, width = ids.shape
+    profile: NDArray[np.float64] | None,
+    layers: int,
+) -> ScoreState | _Foreknown:
     if score.future == "none":
-        ranks = None if profile is None else np.asarray(profile, dtype=np.float64)
-        state = ScoreState(score, streams, num_experts, ranks)
-        for step in range(steps):
-            yield state.use(step, ids[step])
-        return
-    if score.future == "next use":
-        for following in _next_uses(ids):
+        return ScoreState(score, ids.shape[1], num_experts, profile, layers=layers)
+    return _Foreknown(score, ids, num_experts)
+
+
+class _Foreknown:
+    """What `ScoreState` is, for the scores that know the future."""
+
+    def __init__(self, score: CacheScore, ids: NDArray[np.intp], num_experts: int):
+        self.keys = np.zeros((ids.shape[1], num_experts + 1))
+        self._score, self._ids = score, ids
+        self._rows = np.arange(ids.shape[1])[:, None]
+        self._served = self._by_window() if score.future == "window" else self._by_next_use()
+
+    def use(self, time: float, ids: NDArray[np.intp], gains: object = None) -> NDArray[np.float64]:
+        return next(self._served)
+
+    def present(self, layer: int = 0) -> NDArray[np.float64]:
+        return self.keys
+
+    def _by_next_use(self) -> Iterator[NDArray[np.float64]]:
+        for following in _next_uses(self._ids):
             yield -following.astype(np.float64)
-        return
-    for step, uses in enumerate(_uses_within(ids, score.window)):
-        yield uses * CLOCK + (step * width + np.arange(width))
+
+    def _by_window(self) -> Iterator[NDArray[np.float64]]:
+        width, window = self._ids.shape[2], self._score.window
+        for step, uses in enumerate(_uses_within(self._ids, window)):
+            entering = self._ids[:window] if step == 0 else self._ids[step + window - 1 :][:1]
+            for row in entering:
+                self.keys[self._rows, row] += CLOCK
+            yield uses * CLOCK + (step * width + np.arange(width))
 
 
 def _next_uses(ids: NDArray[np.intp]) -> NDArray[np.int64]:
