@@ -164,10 +164,10 @@ class Decoder:
         """The hidden states [T, D] that the router saw; overwritten by `combine`."""
         return _view(self.c.decoder_hidden(self._handle), (self._rows, self.width), c_float)
 
-    def experts(self, layer: int, ids: Sequence[int], addresses: Sequence[int]) -> None:
-        """Apply these experts, whose records lie at `addresses`, to the rows that chose them."""
+    def experts(self, layer: int, ids: Sequence[int], addresses: np.ndarray) -> None:
+        """Apply experts, whose records lie at `addresses` (uint64), to the rows that chose them."""
         which = np.asarray(ids, np.int32)
-        where = np.asarray(addresses, np.uint64)
+        where = np.ascontiguousarray(addresses, np.uint64)
         self.c.decoder_experts(
             self._handle, layer, which.ctypes.data, where.ctypes.data, len(which)
         )

@@ -1,0 +1,267 @@
+"""The resident part of a packed model as the native decoder reads it."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.core.packed import PackedLayer
+from moekit.ops.codecs import Codec
+from moekit.ops.native import ExpertFormat, Format
+from moekit.ops.native.decoder import SCORES, Layer, Linear, Model, Router, RouterRule
+from moekit.ops.native.formats import KINDS, expert_format, in_memory, plain_format
+from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
+from moekit.runtime.expert_formats import formats_of_layer
+from moekit.runtime.store import ExpertStore, StoreError
+
+MATRIX, VECTOR, TABLE = "matrix", "vector", "table"
+_OFFSETS = ("codes", "scale", "zero")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in memory, in a format of the kernels."""
+
+    format: Format
+    memory: Tensor
+
+    @property
+    def address(self) -> int:
+        return self.memory.data_ptr()
+
+
+class DecoderWeights:
+    """Reads the resident part of `store` and describes it in `model`, which points into it.
+
+    Matrices of attention, of dense and shared MLPs and the output head are encoded by `codec`, or
+    kept as they are in `dtype` (None: as stored); embedding and routers stay as stored, all else is
+    float32. Raises StoreError for a damaged or incomplete part.
+    """
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        store: ExpertStore,
+        *,
+        codec: Codec | None = None,
+        dtype: torch.dtype | None = None,
+        kv_bf16: bool = False,
+        max_rows: int = 256,
+    ) -> None:
+        self.shape = shape
+        self._codec, self._dtype = codec, dtype
+        self._matrices: dict[str, Matrix] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._formats: list[Any] = []
+        self._read(store)
+        self.layers = (Layer * len(shape.layers))(
+            *[self._layer(layer, store) for layer in shape.layers]
+        )
+        self.model = self._model(kv_bf16, max_rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights in memory."""
+        tensors = [*(m.memory for m in self._matrices.values()), *self._tensors.values()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    def _read(self, store: ExpertStore) -> None:
+        roles = roles_of(self.shape)
+        for name, tensor in store.resident():
+            wanted = self.shape.tensors.get(name)
+            if wanted != tuple(tensor.shape):
+                raise StoreError(
+                    f"{store.path}: tensor {name} {list(tensor.shape)} has no place in the model "
+                    "of its config.json. Convert the model again."
+                )
+            for role in roles.pop(name, ()):
+                if role == MATRIX:
+                    self._matrices[name] = self._matrix(tensor)
+                elif role == VECTOR:
+                    self._tensors[name] = tensor.float().contiguous()
+                else:
+                    self._tensors[name] = _table(tensor)
+        if roles:
+            raise StoreError(
+                f"{store.path}: tensor {min(roles)} is missing. Convert the model again."
+            )
+
+    def _matrix(self, tensor: Tensor) -> Matrix:
+        shape = (tensor.shape[0], tensor.shape[1])
+        if encodes(self._codec, shape):
+            assert self._codec is not None
+            made = in_memory(self._codec, self._codec.encode(tensor))
+            if made is None:
+                raise ValueError("a codec without kernels")
+            return Matrix(*made)
+        kept = tensor if self._dtype is None else tensor.to(self._dtype)
+        if kept.dtype not in KINDS:
+            kept = kept.float()
+        return Matrix(plain_format(shape, kept.dtype), kept.contiguous())
+
+    def _model(self, kv_bf16: bool, max_rows: int) -> Model:
+        shape, family = self.shape, self.shape.family
+        half = shape.angles(1)[shape.layers[0].kind][0].shape[-1]
+        embedding = self._tensors[shape.embedding]
+        return Model(
+            width=shape.width,
+            vocab=shape.vocab,
+            layers=len(shape.layers),
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            rotary_half=half,
+            rotary_in_pairs=family.in_pairs,
+            norm_is_wide=shape.norm_is_wide,
+            norm_after_rotation=family.norm_after_rotation,
+            kv_is_bf16=kv_bf16,
+            embedding_is_bf16=embedding.dtype == torch.bfloat16,
+            max_rows=max_rows,
+            eps=shape.eps,
+            attention_scale=shape.attention_scale,
+            embedding_scale=shape.number(family.embedding_scale, 1.0),
+            residual_scale=shape.number(family.residual_scale, 1.0),
+            logit_scale=1.0 / shape.number(family.logit_divisor, 1.0),
+            clip_qkv=shape.number(family.clip, 0.0),
+            embedding=embedding.data_ptr(),
+            final_norm=self._vector(shape.final_norm),
+            head=self._linear(shape.head, shape.head_bias),
+            layer=ctypes.cast(self.layers, POINTER(Layer)),
+        )
+
+    def _layer(self, layer: LayerShape, store: ExpertStore) -> Layer:
+        norms = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+        made = Layer(
+            **{to: self._vector(name) for to, name in zip(norms, layer.norms, strict=True)},
+            **{part: self._projection(path) for part, path in layer.projections.items()},
+            q_norm=self._vector(layer.q_norm),
+            k_norm=self._vector(layer.k_norm),
+            sinks=self._vector(layer.sinks),
+            window=layer.window,
+            moe=-1 if layer.moe is None else layer.moe,
+            shared_gate=self._vector(layer.shared_gate),
+        )
+        if layer.mlp is not None:
+            format, address = self._mlp(layer.mlp)
+            made.shared_format, made.shared = ctypes.pointer(format), address
+        if layer.moe is not None and layer.router is not None:
+            made.router = self._router(layer.router)
+            formats = self._experts(store.layers[layer.moe])
+            pointers = (POINTER(ExpertFormat) * len(formats))(*map(ctypes.pointer, formats))
+            made.expert_formats = pointers
+            self._formats += [formats, pointers]
+        return made
+
+    def _experts(self, layer: PackedLayer) -> list[ExpertFormat]:
+        shape = self.shape
+        made = formats_of_layer(layer, shape.activation, alpha=shape.alpha, limit=shape.limit)
+        if made is None:
+            names = ", ".join(sorted({choice.name for choice in layer.codecs}))
+            raise NotSupportedError(f"the kernels do not read experts encoded as {names}")
+        return made
+
+    def _router(self, router: RouterShape) -> Router:
+        spec, weight = router.spec, self._tensors[router.weight]
+        rule = RouterRule(
+            experts=spec.num_experts,
+            top_k=spec.top_k,
+            score=SCORES.index(spec.score),
+            normalize=bool(spec.normalize),
+            groups=spec.num_groups,
+            topk_groups=spec.topk_groups,
+            group_sums_two=spec.group_score == "top2",
+            bias_on_logits=spec.bias_on == "logits",
+            scaling=spec.scaling,
+            logit_scale=spec.logit_scale,
+            logit_cap=spec.logit_cap,
+            smallest_sum=router.smallest_sum,
+        )
+        return Router(
+            rule=rule,
+            width=self.shape.width,
+            is_bf16=weight.dtype == torch.bfloat16,
+            weight=weight.data_ptr(),
+            bias=self._vector(router.bias),
+            correction=self._vector(router.correction),
+        )
+
+    def _mlp(self, names: tuple[str, str, str]) -> tuple[ExpertFormat, int]:
+        """The three matrices, wherever they are, counted from the address of the first."""
+        matrices = [self._matrices[f"{name}.weight"] for name in names]
+        base = matrices[0].address
+        parts = {
+            part: _moved(matrix.format, matrix.address - base)
+            for part, matrix in zip(("gate", "up", "down"), matrices, strict=True)
+        }
+        shape = self.shape
+        made = expert_format(parts, shape.activation, alpha=shape.alpha, limit=shape.limit)
+        self._formats.append(made)
+        return made, base
+
+    def _projection(self, path: str) -> Linear:
+        bias = f"{path}.bias"
+        return self._linear(f"{path}.weight", bias if bias in self._tensors else None)
+
+    def _linear(self, weight: str, bias: str | None) -> Linear:
+        matrix = self._matrices[weight]
+        return Linear(ctypes.pointer(matrix.format), matrix.address, self._vector(bias))
+
+    def _vector(self, name: str | None) -> int | None:
+        return None if name is None else self._tensors[name].data_ptr()
+
+
+def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
+    """What becomes of each tensor of the resident part; a tied embedding has two roles."""
+    roles: dict[str, tuple[str, ...]] = {}
+
+    def add(name: str | None, role: str) -> None:
+        if name is not None:
+            roles[name] = (*roles.get(name, ()), role)
+
+    def linear(path: str) -> None:
+        add(f"{path}.weight", MATRIX)
+        add(f"{path}.bias" if f"{path}.bias" in shape.tensors else None, VECTOR)
+
+    add(shape.embedding, TABLE)
+    add(shape.final_norm, VECTOR)
+    add(shape.head, MATRIX)
+    add(shape.head_bias, VECTOR)
+    for layer in shape.layers:
+        vectors = (*layer.norms, layer.q_norm, layer.k_norm, layer.sinks, layer.shared_gate)
+        for name in vectors:
+            add(name, VECTOR)
+        for path in (*layer.projections.values(), *(layer.mlp or ())):
+            linear(path)
+        if layer.router is not None:
+            add(layer.router.weight, TABLE)
+            add(layer.router.bias, VECTOR)
+            add(layer.router.correction, VECTOR)
+    return roles
+
+
+def encodes(codec: Codec | None, shape: tuple[int, int]) -> bool:
+    """Whether `codec` is one and its groups fit a matrix of `shape`."""
+    group = getattr(codec, "group_size", 1)
+    return codec is not None and shape[1] % group == 0
+
+
+def _moved(format: Format, bytes_: int) -> Format:
+    """The same matrix, counted from an address that lies so many bytes before."""
+    made = Format.from_buffer_copy(format)
+    made.data += bytes_
+    for field in list(made.fields)[: made.num_fields]:
+        for name in _OFFSETS:
+            if getattr(field, name) >= 0:
+                setattr(field, name, getattr(field, name) + bytes_)
+    return made
+
+
+def _table(tensor: Tensor) -> Tensor:
+    """Rows that are read as they are: bfloat16, or float32."""
+    kept = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+    return kept.contiguous()

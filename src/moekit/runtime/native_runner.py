@@ -1,0 +1,285 @@
+"""Models of the common shape, by the native decoder: steps over rows of any number of sequences.
+
+Shapes: B sequences of a step, T tokens of one of them, V vocabulary, D width, K chosen, L MoE
+layers, E experts.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moekit.core.architecture import read_config
+from moekit.core.errors import UserError
+from moekit.ops.codecs import Codec
+from moekit.ops.native import Pool, library
+from moekit.ops.native.decoder import KEY_BLOCK, ROW, Decoder, KvShape
+from moekit.runtime.decoder_shape import DecoderShape, NotSupportedError, decoder_shape
+from moekit.runtime.decoder_weights import DecoderWeights
+from moekit.runtime.store import ExpertStore, page_aligned
+
+# Rows of a step. More of them read each expert less often, and take more scratch memory.
+MAX_ROWS = 256
+
+
+class Claim(Protocol):
+    """Experts of one layer that stay in memory until they are `done` or the claim is released."""
+
+    ready: list[int]
+
+    def arrivals(self) -> Iterator[list[int]]: ...
+
+    def done(self, experts: Sequence[int]) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class ExpertSource(Protocol):
+    """Where experts are: `table` [L, E] (uint64) holds the address of a record, or 0."""
+
+    table: np.ndarray
+
+    def begin(self, layer: int, experts: Sequence[int]) -> Claim: ...
+
+
+class ExpertsInMemory:
+    """All experts of `store`, read once and kept."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._records: list[Tensor] = []
+        self.table = np.zeros((len(store.layers), max(x.num_experts for x in store.layers)), "u8")
+        for position, layer in enumerate(store.layers):
+            for expert in range(layer.num_experts):
+                record = page_aligned(store.nbytes(position, expert))
+                store.read_into(record, position, expert)
+                self._records.append(record)
+                self.table[position, expert] = record.data_ptr()
+        self.nbytes = sum(record.nbytes for record in self._records)
+
+
+class NativeSequence:
+    """A sequence and the memory for the keys and values of `capacity` tokens."""
+
+    def __init__(self, capacity: int, shape: KvShape) -> None:
+        self.length = 0
+        self.capacity = capacity
+        self.padded = -(-capacity // KEY_BLOCK) * KEY_BLOCK
+        # Pages are taken as they are first written, and are zero before.
+        self.memory: mmap.mmap | None = mmap.mmap(-1, max(1, shape.nbytes(self.padded)))
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first `length`; ValueError for more than there are."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"truncate to {length} of {self.length} tokens")
+        self.length = length
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the router of a MoE layer chose, before its experts are fetched.
+
+    ids and weights [T, K], hidden [T, D]: views that hold until the observer returns.
+    """
+
+    layer: int
+    ids: np.ndarray
+    weights: np.ndarray
+    hidden: np.ndarray
+
+
+class NativeRunner:
+    """Runs a packed model, its experts from `experts` (default: all of them, read now).
+
+    `codec` encodes the matrices of attention, dense and shared MLPs and the output head; None keeps
+    them as stored, or in `dtype`. Keys and values are float32 or bfloat16 (`kv_dtype`, default:
+    float32 where the matrices are). A step has at most `max_rows` rows. `observer` is told what
+    every MoE layer chose. A token's logits do not depend on the other rows of a step, on how a
+    prompt is cut, on the number of threads, nor on which experts were in memory.
+
+    Raises UserError for a model that `native_reason` gives a reason against.
+    """
+
+    can_truncate = True
+    can_chunk = True
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        *,
+        experts: ExpertSource | None = None,
+        codec: Codec | None = None,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        threads: int = 1,
+        max_rows: int = MAX_ROWS,
+        observer: Callable[[Routed], None] | None = None,
+    ) -> None:
+        kernels = library()
+        if kernels is None:
+            raise UserError("the native runner needs a C++ compiler; use the graph runner")
+        try:
+            self.shape: DecoderShape = decoder_shape(read_config(store.path))
+            self.weights = DecoderWeights(
+                self.shape,
+                store,
+                codec=codec,
+                dtype=dtype,
+                kv_bf16=kv_dtype == torch.bfloat16,
+                max_rows=max_rows,
+            )
+        except NotSupportedError as reason:
+            raise UserError(f"the native runner does not run this model: {reason}") from None
+        self.kv = KvShape(
+            len(self.shape.layers),
+            self.shape.kv_heads,
+            self.shape.head_dim,
+            kv_dtype == torch.bfloat16,
+        )
+        self.max_rows = max_rows
+        self.observer = observer
+        self.kv_bytes_per_token = self.kv.nbytes(KEY_BLOCK) // KEY_BLOCK
+        self.experts = experts if experts is not None else ExpertsInMemory(store)
+        self._pool = Pool(kernels, threads)
+        self._decoder = Decoder(self._pool, self.weights.model, self.weights)
+        self._moe_layers = [i for i, x in enumerate(self.shape.layers) if x.moe is not None]
+        self._angles: list[tuple[np.ndarray, np.ndarray]] = []
+        self._positions = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all weights but the routed experts."""
+        return self.weights.nbytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that steps work in, and those of the tables of angles."""
+        tables = sum(cos.nbytes + sin.nbytes for cos, sin in self._angles)
+        return self._decoder.scratch_bytes + tables
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in native code since the start, by stage."""
+        return self._decoder.seconds
+
+    def new_sequence(self, capacity: int) -> NativeSequence:
+        """An empty sequence with room for `capacity` tokens."""
+        if capacity > self._positions:
+            self._rotate(capacity)
+        return NativeSequence(capacity, self.kv)
+
+    def _rotate(self, positions: int) -> None:
+        """Make the tables of angles long enough."""
+        self._positions = max(positions, 2 * self._positions)
+        made = {
+            kind: (cos.numpy(), sin.numpy())
+            for kind, (cos, sin) in self.shape.angles(self._positions).items()
+        }
+        for index, layer in enumerate(self.shape.layers):
+            if layer.rotates:
+                self._decoder.rotation(index, *made[layer.kind])
+        self._angles = list(made.values())
+
+    def forward(
+        self,
+        seqs: Sequence[NativeSequence],
+        tokens: Sequence[Sequence[int]],
+        all_positions: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Append tokens to each sequence; logits as `Runner.forward` says.
+
+        Raises ValueError for no tokens, for more than a sequence has room for, for ids outside the
+        vocabulary, and for a sequence that appears twice.
+        """
+        rows, counts = self._rows(seqs, tokens)
+        ends = np.cumsum(counts) - 1
+        wanted = np.arange(len(rows)) if all_positions else ends
+        logits = torch.empty(len(wanted), self.shape.vocab)
+        out, done = logits.numpy(), 0
+        for start in range(0, len(rows), self.max_rows):
+            piece = rows[start : start + self.max_rows]
+            here = wanted[(wanted >= start) & (wanted < start + len(piece))] - start
+            self._step(piece, here.astype(np.int32), out[done : done + len(here)])
+            done += len(here)
+        for seq, count in zip(seqs, counts, strict=True):
+            seq.length += count
+        return list(logits.split(counts)) if all_positions else logits
+
+    def _rows(
+        self, seqs: Sequence[NativeSequence], tokens: Sequence[Sequence[int]]
+    ) -> tuple[np.ndarray, list[int]]:
+        counts = [len(new) for new in tokens]
+        if len({id(seq) for seq in seqs}) < len(seqs):
+            raise ValueError("a sequence appears twice in a step")
+        rows = np.empty(sum(counts), ROW)
+        start = 0
+        for seq, new in zip(seqs, tokens, strict=True):
+            if not 0 < len(new) <= seq.capacity - seq.length:
+                raise ValueError(f"{len(new)} tokens after {seq.length} of {seq.capacity}")
+            part = rows[start : start + len(new)]
+            part["kv"], part["capacity"] = seq.address, seq.padded
+            part["position"] = np.arange(seq.length, seq.length + len(new))
+            part["token"] = new
+            start += len(new)
+        if len(rows) and not 0 <= rows["token"].min() <= rows["token"].max() < self.shape.vocab:
+            raise ValueError(f"token ids outside 0 to {self.shape.vocab - 1}")
+        return rows, counts
+
+    def _step(self, rows: np.ndarray, wanted: np.ndarray, out: np.ndarray) -> None:
+        if self.observer is None and self.experts.table.all():
+            self._decoder.step(rows, self.experts.table, wanted, out)
+            return
+        self._decoder.begin(rows)
+        for index, layer in enumerate(self.shape.layers):
+            self._decoder.attend(index)
+            if layer.moe is not None:
+                self._experts(index, layer.moe)
+        if len(wanted):
+            self._decoder.logits(wanted, out)
+
+    def _experts(self, index: int, moe: int) -> None:
+        ids, weights = self._decoder.chosen(index)
+        if self.observer is not None:
+            self.observer(Routed(moe, ids, weights, self._decoder.hidden()))
+        needed = ids[0].tolist() if len(ids) == 1 else np.unique(ids).tolist()
+        for experts in self._available(moe, needed):
+            self._decoder.experts(index, experts, self.experts.table[moe, experts])
+        self._decoder.combine(index)
+
+    def _available(self, moe: int, needed: list[int]) -> Iterable[list[int]]:
+        """The experts, those in memory first, then the others as they come."""
+        if isinstance(self.experts, ExpertsInMemory):
+            yield needed
+            return
+        claim = self.experts.begin(moe, needed)
+        try:
+            yield claim.ready
+            claim.done(claim.ready)
+            for arrived in claim.arrivals():
+                yield arrived
+                claim.done(arrived)
+        finally:
+            claim.release()
+
+    def router_scores(self, layer: int, hidden: np.ndarray) -> np.ndarray:
+        """Router logits [T, E] of MoE layer `layer` for any hidden states [T, D].
+
+        With the hidden states of an earlier layer they predict what this one will choose.
+        """
+        return self._decoder.router_logits(self._moe_layers[layer], hidden)
+
+    def drop(self, seq: NativeSequence) -> None:
+        """Give back the memory of a sequence."""
+        seq.memory = None
+        seq.capacity = 0
+
+    def close(self) -> None:
+        """Give back weights and threads; nothing may be called afterwards."""
+        self._decoder.close()
+        self._pool.close()
