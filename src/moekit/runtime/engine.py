@@ -222,7 +222,7 @@ class Engine:
     def _prefill(self, row: _Row, limit: int) -> int:
         row.seq = self.runner.new_sequence(len(row.prompt) + limit)
         start = time.perf_counter()
-        logits = self.runner.forward([row.seq], [row.prompt])
+        logits = self._logits([row.seq], [row.prompt])
         (token,) = choose_all([row.sampler], logits)
         self._stats.prefill_seconds += time.perf_counter() - start
         self._stats.prefill_tokens += len(row.prompt)
@@ -232,11 +232,16 @@ class Engine:
     def _step(self, rows: Sequence[_Row]) -> list[int]:
         start = time.perf_counter()
         seqs = [row.seq for row in rows if row.seq is not None]
-        logits = self.runner.forward(seqs, [row.tokens[-1:] for row in rows])
+        logits = self._logits(seqs, [row.tokens[-1:] for row in rows])
         tokens = choose_all([row.sampler for row in rows], logits)
         self._stats.decode_seconds += time.perf_counter() - start
         self._stats.decode_tokens += len(rows)
         return tokens
+
+    def _logits(self, seqs: list[Seq], tokens: list[list[int]]) -> Tensor:
+        logits = self.runner.forward(seqs, tokens)
+        assert isinstance(logits, Tensor)
+        return logits
 
     def _still_open(self, rows: list[_Row], limits: list[int], ends: set[int]) -> list[_Row]:
         done = [r for r in rows if r.tokens[-1] in ends or len(r.tokens) >= limits[r.number]]

@@ -83,7 +83,8 @@ class GraphRunner:
 
     def _new_cache(self) -> Any:
         # The others make the cache of their family in their first forward.
-        if self.model._supports_default_dynamic_cache():
+        supported: Any = self.model._supports_default_dynamic_cache
+        if supported():
             return DynamicCache(config=self.model.config.get_text_config(decoder=True))
         return None
 

@@ -1,0 +1,98 @@
+"""The experts of a model at the seam, computed from the records that an expert cache holds.
+
+Shapes: T tokens, K chosen, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moekit.core.find import find_moe
+from moekit.core.packed import PackedLayer
+from moekit.core.view import MoEView
+from moekit.ops import native
+from moekit.runtime.native_experts import NativeExperts, native_experts
+from moekit.runtime.torch_experts import TorchExperts
+
+
+class Claim(Protocol):
+    """Experts of one layer that stay in memory until they are `done` or the claim is released."""
+
+    ready: list[int]
+
+    def arrivals(self) -> Iterator[list[int]]:
+        """The other experts, as they come; StoreError where one cannot be read."""
+
+    def done(self, experts: Sequence[int]) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class ExpertSource(Protocol):
+    """Where records come from; `runtime.expert_cache.ExpertCache` is one."""
+
+    def begin(self, layer: int, experts: Sequence[int]) -> Claim: ...
+
+    def record(self, layer: int, expert: int) -> Tensor:
+        """The bytes of all planes of an expert, one after the other."""
+
+
+class ExpertBackend:
+    """Computes the experts of `model` from `source` while it is entered.
+
+    The native kernels do it where they can, else torch. Contributions are added up in the order of
+    the choices whatever came first, so results do not depend on what was in memory.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[PackedLayer], source: ExpertSource
+    ) -> None:
+        self._view = MoEView(model)
+        self._source = source
+        self._num_experts = [layer.num_experts for layer in self._view]
+        library = native.library()
+        self._pool = native.Pool(library, torch.get_num_threads()) if library else None
+        banks: dict[Any, Tensor] = {}
+        self._experts: list[NativeExperts | TorchExperts] = []
+        for layer, site, packed in zip(self._view, find_moe(model), layers, strict=True):
+            made = native_experts(layer, packed, model.dtype, self._pool) if self._pool else None
+            self._experts.append(made or TorchExperts(layer, site, packed, banks))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ExpertBackend:
+        for position in range(len(self._view)):
+            backend = partial(self._run, position)
+            self._stack.enter_context(self._view.use_backend(backend, layers=[position]))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _run(
+        self, position: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> Tensor:
+        call = self._experts[position].start(hidden, ids, weights)
+        stored = {e for e in ids.flatten().tolist() if 0 <= e < self._num_experts[position]}
+        claim = self._source.begin(position, sorted(stored))
+        try:
+            for experts in _portions(claim):
+                call.run({e: self._source.record(position, e) for e in experts})
+                claim.done(experts)
+        finally:
+            claim.release()
+        return call.result()
+
+
+def _portions(claim: Claim) -> Iterator[list[int]]:
+    if claim.ready:
+        yield claim.ready
+    yield from claim.arrivals()
