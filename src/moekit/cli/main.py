@@ -17,6 +17,7 @@ from moekit.cli.errors import UsageError, reporting_errors
 # verb: (module:function, line for `moekit --help`). A test holds the line against the docstring.
 VERBS = {
     "run": ("moekit.cli.run:run", "Generate text from a prompt, or chat."),
+    "serve": ("moekit.cli.serve:serve", "Serve a model to clients of OpenAI's API."),
     "inspect": ("moekit.cli.inspect:inspect", "Show a model's experts, parameters and memory."),
     "trace": ("moekit.cli.trace:trace", "Record what the routers choose on a text."),
     "analyze": ("moekit.cli.analyze:analyze", "Measure what the routers do, from traces."),

@@ -12,15 +12,20 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 class IncrementalDecoder:
-    """Hands over the text of one sequence as soon as its characters are complete."""
+    """Hands over the text of one sequence as soon as its characters are complete.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `before` are tokens that the text continues, or the last few of them; theirs is not handed over.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        if decode(tokenizer, before).endswith("\ufffd"):
+            before = ()  # half a character: what completes it has to be shown
+        self._ids = list(before)
         # Text is decoded from `_start`, a place some tokens back, because tokenizers treat the
         # first token of a sequence differently; text up to `_shown` has been handed over.
         self._start = 0
-        self._shown = 0
+        self._shown = len(self._ids)
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; empty while a character lacks bytes."""
