@@ -59,7 +59,7 @@ def test_version(moekit):
     ("args", "words"),
     [
         (("inspct",), "no verb 'inspct': did you mean inspect?"),
-        (("zzz",), "no verb 'zzz': verbs are run, inspect"),
+        (("zzz",), "no verb 'zzz': verbs are run, serve, inspect"),
         (("--jsn",), "no such option: --jsn"),
         (("list", "--knd", "x"), "--kind"),
         (("show",), "missing argument 'METHOD'"),
