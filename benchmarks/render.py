@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from render_runtime import gguf_llama_cpp
+from tables import machine, table
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 INTRO = """# Results
@@ -19,20 +22,6 @@ named above its table; `python benchmarks/render.py` makes the page. Models are 
 as said; text is real. Bits per byte count every byte of the text, the first of a document
 included.
 """
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def machine(record: dict[str, Any]) -> str:
-    hardware, versions = record["hardware"], record["versions"]
-    return (
-        f"{hardware['cpu']}, {hardware['cores']} cores; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; {record['started'][:10]}."
-    )
 
 
 def babel_quality(record: dict[str, Any]) -> str:
@@ -322,6 +311,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_memory": profile_memory,
     "analyze_trace": analyze_trace,
     "convert_memory": convert_memory,
+    "gguf_llama_cpp": gguf_llama_cpp,
 }
 
 
