@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from moekit.core.errors import UserError
 from moekit.core.registry import register
+from moekit.evaluate.padded_experts import padded_experts
 from moekit.evaluate.text import Sample, limit_bytes_per_domain
 
 # Logits are by far the largest activation; a batch is cut so that they stay under this in fp32.
@@ -147,13 +148,15 @@ def bits_per_byte(
     was_training = model.training
     model.eval()
     try:
-        done = 0
-        for batch in _batches(windows, batch_size, _vocab_size(model)):
-            for window, loss in zip(batch, _score(model, documents, batch, autocast), strict=True):
-                nats[window.document] += loss
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(windows))
+        with padded_experts(model):
+            done = 0
+            for batch in _batches(windows, batch_size, _vocab_size(model)):
+                losses = _score(model, documents, batch, autocast)
+                for window, loss in zip(batch, losses, strict=True):
+                    nats[window.document] += loss
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(windows))
     finally:
         model.train(was_training)
     return _by_domain(samples, documents, nats, prefix, getattr(tokenizer, "unk_token_id", None))

@@ -12,12 +12,17 @@ arithmetic knows the inverse permutation; autograd would scatter with atomics in
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.core.registry import register
+
 PAD = 32
+# The name under which transformers and the view find it.
+GROUPED = "moekit_grouped"
 
 
 @dataclass(frozen=True)
@@ -116,3 +121,31 @@ def grouped_experts(
     pairs = _Scatter.apply(rows, plan.row_of_pair, plan.pair_of_row)
     weighted = pairs.view(num_tokens, top_k, -1) * topk_weights.to(dtype).unsqueeze(-1)
     return weighted.sum(1).to(hidden.dtype)
+
+
+@register(
+    "backend",
+    GROUPED,
+    title="Two grouped matrix products a layer, rows padded so that CPU kernels are reused",
+    limits="Gated, concatenated banks without biases, not transposed.",
+)
+def grouped_backend(experts: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """`grouped_experts` on the banks of an experts module that `has_plain_banks`."""
+    return grouped_experts(
+        hidden,
+        topk_ids,
+        topk_weights,
+        experts.gate_up_proj,
+        experts.down_proj,
+        experts._apply_gate,
+    )
+
+
+def has_plain_banks(experts: Any) -> bool:
+    """Whether an experts module keeps what `grouped_backend` computes with."""
+    return bool(
+        getattr(experts, "has_gate", False)
+        and getattr(experts, "is_concatenated", False)
+        and not getattr(experts, "has_bias", True)
+        and not getattr(experts, "is_transposed", True)
+    )

@@ -9,25 +9,10 @@ from torch import Tensor, nn
 
 from moekit.core.errors import UserError
 from moekit.core.find import find_moe
-from moekit.core.registry import register
 from moekit.ops import blocked_attention
-from moekit.ops.grouped import grouped_experts
+from moekit.ops.grouped import GROUPED, grouped_backend, has_plain_banks
 
 from .recipe import Recipe
-
-GROUPED = "moekit_grouped"
-
-
-@register(
-    "backend",
-    GROUPED,
-    title="Two grouped matrix products a layer, rows padded so that CPU kernels are reused",
-    limits="Gated, concatenated banks without biases, not transposed; used in training.",
-)
-def _grouped_experts(module, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    return grouped_experts(
-        hidden, topk_ids, topk_weights, module.gate_up_proj, module.down_proj, module._apply_gate
-    )
 
 
 def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
@@ -81,15 +66,9 @@ def _experts(name: str, model: nn.Module) -> str:
         return name
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    plain = all(
-        site.experts.has_gate
-        and site.experts.is_concatenated
-        and not (site.experts.has_bias or site.experts.is_transposed)
-        for site in find_moe(model)
-    )
-    if not plain:
+    if not all(has_plain_banks(site.experts) for site in find_moe(model)):
         return "grouped_mm"
-    ALL_EXPERTS_FUNCTIONS.register(GROUPED, _grouped_experts)
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_backend)
     return GROUPED
 
 
