@@ -132,10 +132,19 @@ class ExpertStore:
     def read_into(
         self, buffer: Tensor, layer: int, expert: int, planes: int | None = None
     ) -> ExpertParts:
-        """Read an expert into `buffer` (bytes, `page_aligned`); the result is views into it.
+        """Read an expert into `buffer` (bytes, `page_aligned`); the result is views into it where
+        the arrays are not stored in tiles.
 
         Raises `StoreError`, and then what the buffer holds is worth nothing.
         """
+        pieces = self.fetch(buffer, layer, expert, planes)
+        return read_parts(self.layers[layer], expert, pieces)
+
+    def fetch(
+        self, buffer: Tensor, layer: int, expert: int, planes: int | None = None
+    ) -> list[Tensor]:
+        """Read the records of an expert into `buffer` as `read_into` does; return them as they are
+        stored."""
         records = self._planes(layer, expert, planes)
         size = sum(record.size for record in records)
         if buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) < size:
@@ -154,7 +163,7 @@ class ExpertStore:
             start += record.size
         with self._lock:
             self.stats.experts += 1
-        return read_parts(self.layers[layer], expert, pieces)
+        return pieces
 
     def resident(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the resident part, by the model's parameter names, each verified."""
