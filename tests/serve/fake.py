@@ -16,7 +16,7 @@ from moekit.runtime.sampling import Sampler, Sampling
 from moekit.serve.job import Event, Failed, Finished, Job, NewToken
 from moekit.serve.scheduler import Limits, Scheduler
 
-VOCAB = 64
+VOCAB = 320  # of tests.models.tiny_tokenizer
 
 
 def logits_after(history: Sequence[int]) -> torch.Tensor:

@@ -22,8 +22,9 @@ from moekit.serve.job import Closing, Event, Failed, Finished, Job, NewToken, Qu
 from moekit.serve.slots import Slot, Slots
 from moekit.serve.statistics import Statistics
 
-# Logits of scored prompt tokens that may be in memory at once.
-SCORED_BYTES = 16 << 20
+# Prompt tokens whose log probabilities are taken in one step: by their bytes, at least a few.
+SCORED_BYTES = 8 << 20
+LEAST_SCORED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Scheduler:
         self.statistics = Statistics()
         self._runner = runner
         self._slots = Slots(runner, limits.streams, limits.context, reuse=reuse_prefixes)
-        self._score_chunk = max(1, SCORED_BYTES // (4 * vocab_size))
+        self._score_chunk = max(LEAST_SCORED, SCORED_BYTES // (4 * vocab_size))
         self._queue: list[Job] = []
         self._closing = False
         self._cut = False
