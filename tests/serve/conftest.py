@@ -1,0 +1,3 @@
+from tests.cli.conftest import moekit, refused
+
+__all__ = ["moekit", "refused"]
