@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/start.md", "docs/concepts.md", "docs/extend.md"]
+PAGES = [
+    "README.md",
+    "docs/start.md",
+    "docs/concepts.md",
+    "docs/extend.md",
+    "docs/guides/export-gguf.md",
+]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
