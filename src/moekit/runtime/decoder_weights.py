@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moekit.core.packed import PackedLayer
 from moekit.ops.codecs import Codec
-from moekit.ops.native import ExpertFormat, Format
+from moekit.ops.native import ExpertFormat, Format, Pool
 from moekit.ops.native.decoder import SCORES, Layer, Linear, Model, Router, RouterRule
-from moekit.ops.native.formats import KINDS, expert_format, in_memory, plain_format
+from moekit.ops.native.encode import encode_in_memory
+from moekit.ops.native.formats import KINDS, expert_format, plain_format
 from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
 from moekit.runtime.expert_formats import formats_of_layer
 from moekit.runtime.store import ExpertStore, StoreError
@@ -47,6 +48,7 @@ class DecoderWeights:
         self,
         shape: DecoderShape,
         store: ExpertStore,
+        pool: Pool,
         *,
         codec: Codec | None = None,
         dtype: torch.dtype | None = None,
@@ -54,7 +56,7 @@ class DecoderWeights:
         max_rows: int = 256,
     ) -> None:
         self.shape = shape
-        self._codec, self._dtype = codec, dtype
+        self._pool, self._codec, self._dtype = pool, codec, dtype
         self._matrices: dict[str, Matrix] = {}
         self._tensors: dict[str, Tensor] = {}
         self._formats: list[Any] = []
@@ -93,15 +95,12 @@ class DecoderWeights:
 
     def _matrix(self, tensor: Tensor) -> Matrix:
         shape = (tensor.shape[0], tensor.shape[1])
+        if tensor.dtype not in KINDS:
+            tensor = tensor.float()
         if encodes(self._codec, shape):
             assert self._codec is not None
-            made = in_memory(self._codec, self._codec.encode(tensor))
-            if made is None:
-                raise ValueError("a codec without kernels")
-            return Matrix(*made)
+            return Matrix(*encode_in_memory(self._pool, self._codec, tensor))
         kept = tensor if self._dtype is None else tensor.to(self._dtype)
-        if kept.dtype not in KINDS:
-            kept = kept.float()
         return Matrix(plain_format(shape, kept.dtype), kept.contiguous())
 
     def _model(self, kv_bf16: bool, max_rows: int) -> Model:

@@ -103,7 +103,7 @@ class NativeRunner:
     every MoE layer chose. A token's logits do not depend on the other rows of a step, on how a
     prompt is cut, on the number of threads, nor on which experts were in memory.
 
-    Raises UserError for a model that `native_reason` gives a reason against.
+    Raises UserError for a model that `supports` gives a reason against.
     """
 
     can_truncate = True
@@ -126,9 +126,11 @@ class NativeRunner:
             raise UserError("the native runner needs a C++ compiler; use the graph runner")
         try:
             self.shape: DecoderShape = decoder_shape(read_config(store.path))
+            self._pool = Pool(kernels, threads)
             self.weights = DecoderWeights(
                 self.shape,
                 store,
+                self._pool,
                 codec=codec,
                 dtype=dtype,
                 kv_bf16=kv_dtype == torch.bfloat16,
@@ -146,7 +148,6 @@ class NativeRunner:
         self.observer = observer
         self.kv_bytes_per_token = self.kv.nbytes(KEY_BLOCK) // KEY_BLOCK
         self.experts = experts if experts is not None else ExpertsInMemory(store)
-        self._pool = Pool(kernels, threads)
         self._decoder = Decoder(self._pool, self.weights.model, self.weights)
         self._moe_layers = [i for i, x in enumerate(self.shape.layers) if x.moe is not None]
         self._angles: list[tuple[np.ndarray, np.ndarray]] = []
