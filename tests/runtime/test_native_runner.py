@@ -9,6 +9,7 @@ from moekit.core.pack import pack
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import library
 from moekit.runtime.decoder_shape import FAMILIES, supports
+from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.native_runner import NativeRunner
 from moekit.runtime.store import ExpertStore, StoreError
 from tests.families.rows import VOCAB
@@ -142,8 +143,9 @@ class Portions:
         self._whole, self.held = whole, set()
         self.table[:] = 0
 
-    def begin(self, layer, experts):
-        order = sorted(experts, key=lambda e: (7 * e) % 8)
+    def begin(self, layer, experts, *, tokens=1, counts=None):
+        assert counts is None or (len(counts) == len(experts) and max(counts) <= tokens)
+        order = sorted(map(int, experts), key=lambda e: (7 * e) % 8)
         split = int(len(order) * self.ready_share)
         source = self
 
@@ -158,8 +160,11 @@ class Portions:
                 source.table[layer, list(experts)] = 0
                 source.held -= set(experts)
 
-            def release(self):
-                assert not source.held
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                source.held.clear()
 
         self.bring(layer, Claim.ready)
         return Claim()
@@ -176,11 +181,24 @@ def test_bits_do_not_depend_on_how_experts_arrive(packed, family, ready, portion
     _, store = packed(family)
     whole = NativeRunner(store, threads=2)
     parts = NativeRunner(store, threads=2, experts=Portions(whole.experts, ready, portion))
+    check_same(parts, whole)
+
+
+def check_same(runner, whole):
     ids = prompt(20)
     expected, seq = run(whole, ids, all_positions=True)
-    logits, other = run(parts, ids, all_positions=True)
+    logits, other = run(runner, ids, all_positions=True)
     assert torch.equal(logits, expected)
-    assert torch.equal(parts.forward([other], [[5]]), whole.forward([seq], [[5]]))
+    for token in range(5, 10):
+        assert torch.equal(runner.forward([other], [[token]]), whole.forward([seq], [[token]]))
+
+
+@pytest.mark.parametrize("kept", [1, 3, 7])
+def test_bits_do_not_depend_on_the_expert_cache(packed, kept):
+    _, store = packed("qwen3_moe")
+    with ExpertCache(store, kept * store.nbytes(0, 0)) as cache:
+        check_same(NativeRunner(store, experts=cache), NativeRunner(store))
+        assert cache.stats.misses > 0
 
 
 def test_observer_sees_the_routing_and_what_the_router_saw(packed):

@@ -72,6 +72,16 @@ class DecoderWeights:
         tensors = [*(m.memory for m in self._matrices.values()), *self._tensors.values()]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
+    def kernel_scratch(self, rows: int) -> int:
+        """Bytes that the kernels take, at most, for the activations of a step of `rows` rows."""
+        shape = self.shape
+        layers = [layer.router.spec for layer in shape.layers if layer.router is not None]
+        wide = max((spec.expert_width for spec in layers), default=0)
+        pairs = rows * (1 + max((spec.top_k for spec in layers), default=0))
+        dense = [shape.tensors[f"{x.mlp[0]}.weight"][0] for x in shape.layers if x.mlp is not None]
+        numbers = pairs * (2 * wide + shape.width) + rows * 2 * max(dense, default=0)
+        return 4 * (numbers + rows * shape.heads * shape.head_dim)
+
     def _read(self, store: ExpertStore) -> None:
         roles = roles_of(self.shape)
         for name, tensor in store.resident():

@@ -7,12 +7,13 @@ layers, E experts.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from moekit.core.architecture import read_config
@@ -20,47 +21,30 @@ from moekit.core.errors import UserError
 from moekit.ops.codecs import Codec
 from moekit.ops.native import Pool, library
 from moekit.ops.native.decoder import KEY_BLOCK, ROW, Decoder, KvShape
+from moekit.runtime.claim import Claim
 from moekit.runtime.decoder_shape import DecoderShape, NotSupportedError, decoder_shape
 from moekit.runtime.decoder_weights import DecoderWeights
-from moekit.runtime.store import ExpertStore, page_aligned
+from moekit.runtime.expert_cache import ExpertCache
+from moekit.runtime.store import ExpertStore
 
 # Rows of a step. More of them read each expert less often, and take more scratch memory.
 MAX_ROWS = 256
-
-
-class Claim(Protocol):
-    """Experts of one layer that stay in memory until they are `done` or the claim is released."""
-
-    ready: list[int]
-
-    def arrivals(self) -> Iterator[list[int]]: ...
-
-    def done(self, experts: Sequence[int]) -> None: ...
-
-    def release(self) -> None: ...
+# Positions whose angles are computed at once.
+POSITIONS = 4096
 
 
 class ExpertSource(Protocol):
-    """Where experts are: `table` [L, E] (uint64) holds the address of a record, or 0."""
+    """Where experts are: `table` [L, E] (uint64) holds the address of a record, or 0.
+
+    `runtime.expert_cache.ExpertCache` is one.
+    """
 
     table: np.ndarray
 
-    def begin(self, layer: int, experts: Sequence[int]) -> Claim: ...
-
-
-class ExpertsInMemory:
-    """All experts of `store`, read once and kept."""
-
-    def __init__(self, store: ExpertStore) -> None:
-        self._records: list[Tensor] = []
-        self.table = np.zeros((len(store.layers), max(x.num_experts for x in store.layers)), "u8")
-        for position, layer in enumerate(store.layers):
-            for expert in range(layer.num_experts):
-                record = page_aligned(store.nbytes(position, expert))
-                store.read_into(record, position, expert)
-                self._records.append(record)
-                self.table[position, expert] = record.data_ptr()
-        self.nbytes = sum(record.nbytes for record in self._records)
+    def begin(
+        self, layer: int, experts: ArrayLike, *, tokens: int = 1, counts: ArrayLike | None = None
+    ) -> Claim:
+        """Claim experts of a layer for a step of `tokens` rows, `counts` of which use each."""
 
 
 class NativeSequence:
@@ -147,11 +131,11 @@ class NativeRunner:
         self.max_rows = max_rows
         self.observer = observer
         self.kv_bytes_per_token = self.kv.nbytes(KEY_BLOCK) // KEY_BLOCK
-        self.experts = experts if experts is not None else ExpertsInMemory(store)
+        self.experts: ExpertSource = _all_of(store) if experts is None else experts
         self._decoder = Decoder(self._pool, self.weights.model, self.weights)
         self._moe_layers = [i for i, x in enumerate(self.shape.layers) if x.moe is not None]
-        self._angles: list[tuple[np.ndarray, np.ndarray]] = []
         self._positions = 0
+        self._rotate(min(POSITIONS, self._longest()))
 
     @property
     def resident_bytes(self) -> int:
@@ -160,9 +144,9 @@ class NativeRunner:
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes that steps work in, and those of the tables of angles."""
+        """Bytes that steps work in, at most, and those of the tables of angles."""
         tables = sum(cos.nbytes + sin.nbytes for cos, sin in self._angles)
-        return self._decoder.scratch_bytes + tables
+        return self._decoder.scratch_bytes + self.weights.kernel_scratch(self.max_rows) + tables
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -175,9 +159,12 @@ class NativeRunner:
             self._rotate(capacity)
         return NativeSequence(capacity, self.kv)
 
+    def _longest(self) -> int:
+        return getattr(self.shape.config, "max_position_embeddings", None) or POSITIONS
+
     def _rotate(self, positions: int) -> None:
         """Make the tables of angles long enough."""
-        self._positions = max(positions, 2 * self._positions)
+        self._positions = max(positions, min(2 * self._positions, self._longest()))
         made = {
             kind: (cos.numpy(), sin.numpy())
             for kind, (cos, sin) in self.shape.angles(self._positions).items()
@@ -246,27 +233,18 @@ class NativeRunner:
 
     def _experts(self, index: int, moe: int) -> None:
         ids, weights = self._decoder.chosen(index)
+        table = self.experts.table[moe]
         if self.observer is not None:
             self.observer(Routed(moe, ids, weights, self._decoder.hidden()))
-        needed = ids[0].tolist() if len(ids) == 1 else np.unique(ids).tolist()
-        for experts in self._available(moe, needed):
-            self._decoder.experts(index, experts, self.experts.table[moe, experts])
+        needed, counts = (ids[0], None) if len(ids) == 1 else np.unique(ids, return_counts=True)
+        with self.experts.begin(moe, needed, tokens=len(ids), counts=counts) as claim:
+            self._decoder.experts(index, claim.ready, table[claim.ready])
+            if len(claim.ready) < len(needed):
+                claim.done(claim.ready)
+                for arrived in claim.arrivals():
+                    self._decoder.experts(index, arrived, table[arrived])
+                    claim.done(arrived)
         self._decoder.combine(index)
-
-    def _available(self, moe: int, needed: list[int]) -> Iterable[list[int]]:
-        """The experts, those in memory first, then the others as they come."""
-        if isinstance(self.experts, ExpertsInMemory):
-            yield needed
-            return
-        claim = self.experts.begin(moe, needed)
-        try:
-            yield claim.ready
-            claim.done(claim.ready)
-            for arrived in claim.arrivals():
-                yield arrived
-                claim.done(arrived)
-        finally:
-            claim.release()
 
     def router_scores(self, layer: int, hidden: np.ndarray) -> np.ndarray:
         """Router logits [T, E] of MoE layer `layer` for any hidden states [T, D].
@@ -284,3 +262,9 @@ class NativeRunner:
         """Give back weights and threads; nothing may be called afterwards."""
         self._decoder.close()
         self._pool.close()
+
+
+def _all_of(store: ExpertStore) -> ExpertCache:
+    cache = ExpertCache(store, store.expert_bytes)
+    cache.load_all()
+    return cache
