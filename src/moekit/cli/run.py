@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +22,20 @@ from moekit.cli.common import (
     note,
     open_model,
     output,
+)
+from moekit.cli.engine import (
+    CodecOption,
+    ExpertCacheOption,
+    MaxContextOption,
+    MemoryOption,
+    PolicyOption,
+    PredictorOption,
+    PrefetchOption,
+    ResidentCodecOption,
+    RunnerName,
+    RunnerOption,
+    engine_options,
+    needs_engine,
 )
 from moekit.core.errors import UserError
 
@@ -67,6 +83,15 @@ def run(
     num_beams: Annotated[
         int | None, typer.Option(min=1, help="Beam search with so many beams; does not stream.")
     ] = None,
+    memory: MemoryOption = None,
+    expert_cache: ExpertCacheOption = None,
+    codec: CodecOption = None,
+    resident_codec: ResidentCodecOption = None,
+    policy: PolicyOption = None,
+    predictor: PredictorOption = None,
+    prefetch: PrefetchOption = None,
+    max_context: MaxContextOption = None,
+    runner: RunnerOption = RunnerName.auto,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
@@ -74,13 +99,49 @@ def run(
 ) -> None:
     """Generate text from a prompt, or chat."""
     sampling = _sampling(do_sample, temperature, top_p, top_k, repetition_penalty, num_beams)
+    options = engine_options(
+        memory=memory,
+        expert_cache=expert_cache,
+        codec=codec,
+        resident_codec=resident_codec,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        max_context=max_context,
+        runner=runner,
+    )
     with output(as_json) as out:
         text = _read_prompt(prompt, file, as_json)
-        loaded = open_model(model, dtype, seed, threads)
-        if text is None:
-            _converse(loaded, chat, max_new_tokens, sampling)
-        else:
-            _answer(loaded, text, chat, max_new_tokens, sampling, out)
+        with _open(model, options, dtype, seed, threads, num_beams) as speaker:
+            if text is None:
+                _converse(speaker, chat, max_new_tokens, sampling)
+            else:
+                _answer(speaker, text, chat, max_new_tokens, sampling, out)
+
+
+@contextmanager
+def _open(
+    model: str,
+    options: dict[str, Any],
+    dtype: Dtype,
+    seed: int,
+    threads: int | None,
+    num_beams: int | None,
+) -> Iterator[Any]:
+    """What generates: an engine where one was asked for or the model is packed, else transformers,
+    which also knows beams and encoders."""
+    if needs_engine(model, options):
+        from moekit.cli.run_engine import opened
+
+        if num_beams is not None:
+            raise UserError("--num-beams: an engine has no beam search; leave it out")
+        with opened(model, options, dtype, seed, threads) as speaker:
+            yield speaker
+        return
+    from moekit.runtime.generate import WholeModel
+
+    loaded = open_model(model, dtype, seed, threads)
+    yield WholeModel(loaded.model, loaded.tokenizer)
 
 
 def _sampling(
@@ -138,19 +199,17 @@ def _utf8(raw: bytes, name: str) -> str:
 
 
 def _answer(
-    loaded: Any,
+    speaker: Any,
     text: str,
     chat: bool | None,
     max_new_tokens: int | None,
     sampling: dict[str, Any],
     out: Output,
 ) -> None:
-    from moekit.runtime.generate import encode_prompt, generate
+    from moekit.runtime.generate import encode_prompt
 
-    encoded = encode_prompt(loaded.tokenizer, text, chat=chat)
-    done = generate(
-        loaded.model,
-        loaded.tokenizer,
+    encoded = encode_prompt(speaker.tokenizer, text, chat=chat)
+    done = speaker.generate(
         encoded,
         max_new_tokens=max_new_tokens,
         on_text=None if out.as_json else _write,
@@ -158,16 +217,17 @@ def _answer(
     )
     out.line()
     note(_speed(done))
-    out.result({"prompt": text, "new_tokens": len(done.token_ids), **asdict(done)})
+    values = {"prompt": text, "new_tokens": len(done.token_ids), **asdict(done)}
+    out.result({**values, **speaker.account()})
 
 
 def _converse(
-    loaded: Any, chat: bool | None, max_new_tokens: int | None, sampling: dict[str, Any]
+    speaker: Any, chat: bool | None, max_new_tokens: int | None, sampling: dict[str, Any]
 ) -> None:
     """Read lines from the terminal until its end; a chat model is given the whole conversation."""
-    from moekit.runtime.generate import encode_prompt, generate
+    from moekit.runtime.generate import encode_prompt
 
-    templated = chat or (chat is None and loaded.tokenizer.chat_template is not None)
+    templated = chat or (chat is None and speaker.tokenizer.chat_template is not None)
     if templated:
         note("Ctrl-D ends the chat, an empty line starts a new one.")
     else:
@@ -184,14 +244,9 @@ def _converse(
             continue
         messages = [*messages, {"role": "user", "content": line}] if templated else []
         try:
-            encoded = encode_prompt(loaded.tokenizer, messages or line, chat=templated)
-            done = generate(
-                loaded.model,
-                loaded.tokenizer,
-                encoded,
-                max_new_tokens=max_new_tokens,
-                on_text=_write,
-                **sampling,
+            encoded = encode_prompt(speaker.tokenizer, messages or line, chat=templated)
+            done = speaker.generate(
+                encoded, max_new_tokens=max_new_tokens, on_text=_write, **sampling
             )
         except UserError as error:
             note(f"error: {error}\nan empty line starts anew")

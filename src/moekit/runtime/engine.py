@@ -16,6 +16,8 @@ from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.core.spec import MoESpec
+from moekit.runtime.budget import Budget
+from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.runner import Runner, Seq
 from moekit.runtime.sampling import Sampler, Sampling, choose_all
 
@@ -67,7 +69,9 @@ class Engine:
     """A model that generates; made by `moekit.open_engine`.
 
     `streams` sequences of up to `max_context` tokens are run at once; more prompts wait their
-    turn. Not to be used from several threads at a time. Use as a context manager, or `close` it.
+    turn. `budget` says where the memory goes and `cache` holds the experts of a packed model (both
+    None for one that transformers has loaded whole); `notes` are what was chosen and why. Not to
+    be used from several threads at a time. Use as a context manager, or `close` it.
     """
 
     def __init__(
@@ -80,8 +84,14 @@ class Engine:
         tokenizer: Any = None,
         max_context: int,
         streams: int,
+        budget: Budget | None = None,
+        cache: ExpertCache | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.runner = runner
+        self.budget = budget
+        self.cache = cache
+        self.notes = list(notes)
         self.spec = spec
         self.config = config
         self.generation_config = generation_config
@@ -169,6 +179,10 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """What was done so far; `peak_bytes` is the most memory the process has held."""
+        if self.cache is not None:
+            done = self.cache.stats
+            self._stats.hits, self._stats.misses = done.hits, done.misses
+            self._stats.bytes_read = done.demand_bytes + done.prefetch_bytes + done.preload_bytes
         self._stats.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self._stats
 
@@ -177,6 +191,9 @@ class Engine:
         if not self._closed:
             self._closed = True
             self.runner.close()
+            if self.cache is not None:
+                self.cache.close()
+                self.cache.store.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -193,6 +210,8 @@ class Engine:
         sampling: Sampling,
         eos_token_id: int | Sequence[int] | None,
     ) -> Iterator[tuple[int, int]]:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
         limits = [self._room(prompt, max_new_tokens) for prompt in prompts]
         ends = set(self.eos_token_ids if eos_token_id is None else _as_list(eos_token_id))
         rows = [_Row(i, p, Sampler(sampling, p, i)) for i, p in enumerate(prompts)]

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from moekit.core.errors import UserError
 from moekit.runtime.detokenize import IncrementalDecoder, decode
+from moekit.runtime.engine import Engine
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -152,3 +153,56 @@ def generate(
     ends = ends if isinstance(ends, list) else [ends]
     reason = "stop" if ids and ids[-1] in ends else "length"
     return Generation(text, ids, prompt_tokens, reason, seconds, prefill, rate)
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model that transformers runs, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+    def generate(self, encoded: BatchEncoding, **options: Any) -> Generation:
+        """As the function `generate`."""
+        return generate(self.model, self.tokenizer, encoded, **options)
+
+    def account(self) -> dict[str, Any]:
+        """What is reported beside the generation: nothing more."""
+        return {}
+
+
+def generate_with_engine(
+    engine: Engine,
+    encoded: BatchEncoding,
+    *,
+    max_new_tokens: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+    do_sample: bool | None = None,
+    seed: int = 0,
+    **sampling: Any,
+) -> Generation:
+    """Continue one encoded prompt as `generate` does, by an engine with a tokenizer.
+
+    Raises UserError as `Engine.stream` does.
+    """
+    prompt = encoded["input_ids"][0].tolist()
+    if do_sample is None:
+        do_sample = bool(engine.generation_config.do_sample)
+    decoder = IncrementalDecoder(engine.tokenizer)
+    hand_over = on_text or (lambda text: None)
+    ids: list[int] = []
+    start = time.perf_counter()
+    first = start
+    tokens = engine.stream(prompt, max_new_tokens, do_sample=do_sample, seed=seed, **sampling)
+    for token in tokens:
+        if not ids:
+            first = time.perf_counter()
+        ids.append(token)
+        hand_over(decoder.add([token]))
+    seconds = time.perf_counter() - start
+    hand_over(decoder.end())
+    prefill = first - start
+    rate = (len(ids) - 1) / (seconds - prefill) if len(ids) > 1 else 0.0
+    reason = "stop" if ids[-1] in engine.eos_token_ids else "length"
+    text = decode(engine.tokenizer, ids)
+    return Generation(text, ids, len(prompt), reason, seconds, prefill, rate)

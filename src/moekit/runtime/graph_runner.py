@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ _CHUNKABLE = {DummyLayer, DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindo
 _CROPPABLE = {DummyLayer, DynamicLayer, DynamicIndexedLayer}
 
 
+# Vectors of the model's width that a token needs at one time; arrays of an expert's size that
+# decoding it takes.
+_VECTORS, _DECODING = 16, 6
+
+
 class GraphSequence:
     """A sequence and the cache of its family."""
 
@@ -49,17 +54,10 @@ class GraphSequence:
 class GraphRunner:
     """Runs `model`, one sequence after another, so that none depends on the others.
 
-    `experts` replaces how the model computes its experts while a step runs; without it the model
-    does it itself.
+    The model computes its experts itself unless a backend is attached.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        experts: AbstractContextManager[Any] | None = None,
-        *,
-        chunk: int = CHUNK,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, chunk: int = CHUNK) -> None:
         if model.config.is_encoder_decoder:
             raise UserError(
                 f"{type(model).__name__} has an encoder; the engine runs decoder-only models. "
@@ -68,7 +66,6 @@ class GraphRunner:
         self.model = model
         self.chunk = chunk
         self._stack = ExitStack()
-        self._stack.enter_context(experts if experts is not None else nullcontext())
         names = inspect.signature(type(model).forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         cache = self._new_cache()
@@ -81,12 +78,34 @@ class GraphRunner:
         self.cache_size = measure_cache(model, self._new_cache)
         self.kv_bytes_per_token = self.cache_size.per_token
 
+    def attach(self, context: AbstractContextManager[Any]) -> None:
+        """Enter what acts on the model while it runs, such as a backend, until `close`."""
+        self._stack.enter_context(context)
+
     def _new_cache(self) -> Any:
         # The others make the cache of their family in their first forward.
         supported: Any = self.model._supports_default_dynamic_cache
         if supported():
             return DynamicCache(config=self.model.config.get_text_config(decoder=True))
         return None
+
+    def scratch_bytes(self, context: int, streams: int, expert_params: int) -> int:
+        """What a step may work in, at most: sequences of `context` tokens, the experts of a layer
+        of `expert_params` weights each."""
+        config = self.model.config.get_text_config(decoder=True)
+        rows = min(self.chunk, context) if self.can_chunk else context
+        width = config.hidden_size
+        inner = max((p.shape[0] for p in self.model.parameters() if p.ndim == 2), default=width)
+        vocabulary = config.vocab_size
+        top_k = max(layer.top_k for layer in MoEView(self.model))
+        activations = rows * (_VECTORS * width + 3 * min(inner, 8 * width) + top_k * 4 * width)
+        mask = 2 * rows * context
+        if config._attn_implementation == "eager":
+            mask += 3 * rows * context * config.num_attention_heads
+        slope, fixed, _ = self.cache_size.largest
+        grown = 2 * (slope * context + fixed)
+        floats = activations + mask + 3 * streams * vocabulary + _DECODING * expert_params
+        return round(4 * floats + grown)
 
     def new_sequence(self, capacity: int) -> GraphSequence:
         """An empty sequence with room for `capacity` tokens."""

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moekit.core.architecture import read_config
+from moekit.core.checkpoint import Checkpoint
 from moekit.core.errors import UserError
-from moekit.core.load import load
+from moekit.core.load import find_config, find_model, load, resolve_model
+from moekit.core.machine import available_memory
+from moekit.core.memory import bytes_of, format_bytes
+from moekit.core.packed import PACKED_FILE
+from moekit.core.spec import MoESpec
 from moekit.runtime.engine import Engine
 from moekit.runtime.graph_runner import GraphRunner
+from moekit.runtime.pack_cache import packed_copy
 
+if TYPE_CHECKING:
+    from moekit.core.cache_score import CacheScore
+    from moekit.runtime.predict.predictor import Predictor
+
+AUTO = "auto"
+RUNNERS = (AUTO, "graph", "native")
 # Sequences at once, where no memory limit says how many.
 STREAMS = 32
-# Of context where neither the caller nor the model sets a limit.
+# Tokens of a sequence, where neither the caller nor the model sets a limit.
 CONTEXT = 4096
 
 
@@ -20,24 +37,83 @@ def open_engine(
     memory: int | str | None = None,
     threads: int | None = None,
     *,
+    expert_cache: int | str | None = None,
+    policy: str | CacheScore = AUTO,
+    predictor: str | Predictor = AUTO,
+    prefetch: bool = True,
+    codec: str | None = None,
+    resident_codec: str | None = None,
     dtype: str | None = None,
+    runner: str = AUTO,
     max_context: int | None = None,
     streams: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Engine:
-    """Open `babel`, a model directory or a hub id for generation.
+    """Open a packed model, a model directory, a hub id or `babel` for generation.
 
-    `threads` are CPU threads (default: torch's own choice), `dtype` the number format of the
-    weights that are not packed (default: as stored), `max_context` the tokens of a sequence and
-    `streams` the sequences at one time. Raises UserError as `load` does.
+    `memory` is the limit of the process in bytes or as text ("6GiB"); "auto" takes most of what
+    this machine has left. `expert_cache` bounds the part of it that experts take. A model that is
+    not packed is packed on the fly, into a cache directory, where one of them or a `codec` is given
+    ("auto": the widest that fits); without them it is loaded whole. `threads` are CPU threads
+    (default: torch's own choice).
+
+    `policy` decides which experts stay in memory and `predictor` which are read ahead, unless
+    `prefetch` is off; neither changes a result. `resident_codec` encodes what is not an expert too,
+    which is lossy. `dtype` is the number format of the weights that are not encoded (default: as
+    stored). `runner` is "native" (the common shapes), "graph" (any decoder-only family) or "auto".
+    `streams` sequences of up to `max_context` tokens are planned for.
+
+    `progress` gets (bytes packed, all bytes), `note` lines for the user. Raises UserError as `load`
+    and `pack` do, and with all numbers where the model does not fit; StoreError for a damaged
+    packed model.
     """
-    if memory is not None:
-        raise UserError("memory: a limit needs a packed model")
+    if runner not in RUNNERS:
+        raise UserError(f"runner {runner!r} is none of {', '.join(RUNNERS)}")
+    limit = None if memory in (None, AUTO) else bytes_of(memory or 0)
     if threads is not None:
-        import torch
-
         torch.set_num_threads(threads)
+    source = find_config(path)
+    packed = (Path(source) / PACKED_FILE).is_file()
+    if not packed and memory is None and codec is None and expert_cache is None:
+        return _open_whole(path, dtype, runner, max_context, streams)
+    from moekit.runtime.open_packed import Request, open_packed
+
+    directory = Path(source)
+    notes: list[str] = []
+    if not packed:
+        directory, notes = _packed(find_model(path), codec, limit, progress, note)
+    elif codec not in (None, AUTO):
+        raise UserError(f"{path} is packed already: leave out codec, or give the unpacked model")
+    request = Request(
+        limit=limit,
+        expert_cache=None if expert_cache is None else bytes_of(expert_cache),
+        threads=torch.get_num_threads(),
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        resident_codec=resident_codec,
+        dtype=dtype,
+        runner=runner,
+        max_context=max_context,
+        streams=streams,
+    )
+    return open_packed(directory, request, notes)
+
+
+def _open_whole(
+    path: str | Path,
+    dtype: str | None,
+    runner: str,
+    max_context: int | None,
+    streams: int | None,
+) -> Engine:
+    if runner == "native":
+        raise UserError("the native runner needs a packed model: give a codec, such as bf16")
+    if not isinstance(resolve_model(path), str):
+        _check_fits(find_model(path))
     loaded = load(path, dtype)
-    config = loaded.model.config
+    config: Any = loaded.model.config
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return Engine(
         GraphRunner(loaded.model),
@@ -48,3 +124,33 @@ def open_engine(
         max_context=max_context or context or CONTEXT,
         streams=streams or STREAMS,
     )
+
+
+def _check_fits(directory: Path) -> None:
+    with Checkpoint(directory) as checkpoint:
+        needed, left = checkpoint.nbytes, available_memory()
+    if needed > left:
+        raise UserError(
+            f"{directory} has {format_bytes(needed)} of weights and {format_bytes(left)} of memory "
+            "are left; memory='auto' runs it with the experts on disk"
+        )
+
+
+def _packed(
+    directory: Path,
+    codec: str | None,
+    limit: int | None,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> tuple[Path, list[str]]:
+    from moekit.runtime.choose import choose_codec
+
+    notes = []
+    group_size = 32
+    if codec in (None, AUTO):
+        spec = MoESpec.from_config(read_config(directory))
+        choice = choose_codec(spec, limit if limit is not None else available_memory())
+        codec, group_size = choice.codec, choice.group_size
+        notes.append(choice.reason)
+    assert codec is not None
+    return packed_copy(directory, codec, group_size, progress=progress, note=note), notes

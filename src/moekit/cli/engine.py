@@ -1,0 +1,65 @@
+"""The options of an engine, for the verbs that open one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES|auto",
+        help="Limit of the process's memory, as 6GiB; experts beyond it stay on disk.",
+    ),
+]
+ExpertCacheOption = Annotated[
+    str | None, typer.Option(metavar="BYTES", help="Of it, what experts may take at most.")
+]
+CodecOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack the experts with this codec first (moekit list --kind codec), or auto."
+    ),
+]
+ResidentCodecOption = Annotated[
+    str | None, typer.Option(help="Also encode what is not an expert, such as attention; lossy.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option(help="Which experts stay in memory (moekit list --kind policy).")
+]
+PredictorOption = Annotated[
+    str | None, typer.Option(help="What is read ahead (moekit list --kind predictor).")
+]
+PrefetchOption = Annotated[
+    bool | None, typer.Option("--prefetch/--no-prefetch", help="Whether to read experts ahead.")
+]
+MaxContextOption = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of prompt and answer that memory is kept for.")
+]
+
+
+class RunnerName(StrEnum):
+    """What computes: native code for the common shapes, or transformers' modules."""
+
+    auto = "auto"
+    native = "native"
+    graph = "graph"
+
+
+RunnerOption = Annotated[
+    RunnerName, typer.Option(help="Native code for the common shapes, or the model's own modules.")
+]
+
+
+def engine_options(*, runner: RunnerName, **given: Any) -> dict[str, Any]:
+    """Arguments of `open_engine`: the options that were given."""
+    options = {name: value for name, value in given.items() if value is not None}
+    return {**options, "runner": runner.value} if runner is not RunnerName.auto else options
+
+
+def needs_engine(model: str, options: dict[str, Any]) -> bool:
+    """Whether an option of the engine was given, or the model is packed."""
+    return bool(options) or (Path(model).expanduser() / "packed.json").is_file()

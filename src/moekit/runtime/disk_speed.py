@@ -1,0 +1,35 @@
+"""How fast experts come from the disk, measured on some of them."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from moekit.runtime.store import ExpertStore, page_aligned
+
+SECONDS = 0.25
+
+
+def disk_bandwidth(store: ExpertStore, seconds: float = SECONDS) -> float:
+    """Bytes a second of reading experts of `store`, one after the other in random order.
+
+    Takes about twice `seconds`: each is read once before, so that checksums are not counted.
+    Raises StoreError where one cannot be read.
+    """
+    order = [
+        (layer, expert)
+        for layer, described in enumerate(store.layers)
+        for expert in range(described.num_experts)
+    ]
+    random.Random(0).shuffle(order)
+    buffer = page_aligned(max(store.nbytes(layer, expert) for layer, expert in order))
+    nbytes, taken = 0, 0.0
+    for layer, expert in order:
+        store.fetch(buffer, layer, expert)
+        start = time.perf_counter()
+        store.fetch(buffer, layer, expert)
+        taken += time.perf_counter() - start
+        nbytes += store.nbytes(layer, expert)
+        if taken > seconds:
+            break
+    return nbytes / max(taken, 1e-9)

@@ -1,0 +1,232 @@
+"""Opening a packed model within a memory limit: resident part, expert cache, runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+from moekit.core.architecture import read_config
+from moekit.core.cache_score import CacheScore
+from moekit.core.errors import UserError
+from moekit.core.load import load_tokenizer
+from moekit.core.machine import available_memory, charged_memory
+from moekit.core.skeleton import config_dtype
+from moekit.core.spec import MoESpec
+from moekit.core.view import MoEView
+from moekit.ops.codecs import make_codec
+from moekit.ops.native import library
+from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.decoder_shape import supports
+from moekit.runtime.disk_speed import disk_bandwidth
+from moekit.runtime.engine import Engine
+from moekit.runtime.expert_backend import ExpertBackend
+from moekit.runtime.expert_cache import ExpertCache, record_sizes
+from moekit.runtime.graph_runner import GraphRunner
+from moekit.runtime.native_runner import Claim, NativeRunner
+from moekit.runtime.predict.files import make_predictor
+from moekit.runtime.predict.gates import Gate, gates_of
+from moekit.runtime.predict.predictor import Predictor
+from moekit.runtime.prefetch import Prefetching, new_prefetcher
+from moekit.runtime.resident import resident_model
+from moekit.runtime.runner import Runner
+from moekit.runtime.store import ExpertStore
+
+# Tokens of a sequence and sequences at once that memory is planned for, if nobody says.
+CONTEXT = 4096
+PREDICTOR = "next-gate"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `open_engine` was asked for; `limit` None is what this machine has left."""
+
+    limit: int | None
+    expert_cache: int | None
+    threads: int
+    policy: str | CacheScore
+    predictor: str | Predictor
+    prefetch: bool
+    resident_codec: str | None
+    dtype: str | None
+    runner: str
+    max_context: int | None
+    streams: int | None
+
+
+def open_packed(directory: Path, request: Request, notes: list[str]) -> Engine:
+    """Open the packed model in `directory`; raises as `open_engine` does."""
+    charged = charged_memory()
+    available = charged + available_memory()
+    with ExitStack() as stack:
+        store = stack.enter_context(ExpertStore.open(directory))
+        config = read_config(directory)
+        spec = MoESpec.from_config(config)
+        opening = _Opening(store, config, spec, request, charged + PROGRAM_GROWTH, available)
+        opening.check_early()
+        tokenizer = load_tokenizer(directory)
+        make: Callable[[ExitStack], tuple[Runner, Budget, ExpertCache]] = (
+            opening.native if opening.takes_native(notes) else opening.graph
+        )
+        runner, budget, cache = make(stack)
+        engine = Engine(
+            runner,
+            spec=spec,
+            config=config,
+            generation_config=_generation_config(directory, config),
+            tokenizer=tokenizer,
+            max_context=budget.needs.max_context,
+            streams=budget.needs.streams,
+            budget=budget,
+            cache=cache,
+            notes=notes,
+        )
+        stack.pop_all()
+    return engine
+
+
+class _Opening:
+    """One model on its way to a runner and a cache."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        config: PretrainedConfig,
+        spec: MoESpec,
+        request: Request,
+        program: int,
+        available: int,
+    ) -> None:
+        self.store, self.config, self.spec, self.request = store, config, spec, request
+        self.program, self.available = program, available
+        self.sizes = record_sizes(store)
+        text: Any = config.get_text_config(decoder=True)
+        longest = getattr(text, "max_position_embeddings", None) or CONTEXT
+        self.context = request.max_context or min(longest, CONTEXT)
+        self.streams = request.streams or (1 if request.limit is not None else 8)
+        self.dtype = None if request.dtype is None else getattr(torch, request.dtype)
+
+    def check_early(self) -> None:
+        """Refuse what cannot fit before anything is read."""
+        if self.request.resident_codec is None:
+            size = sum(info.nbytes for info in self.store.resident_info().values())
+            self._budget(size, 0, 0)
+
+    def _budget(self, resident: int, kv_cache: int, scratch: int) -> Budget:
+        needs = Needs(self.program, resident, kv_cache, scratch, self.streams, self.context)
+        return plan_budget(
+            self.request.limit,
+            needs,
+            self.sizes,
+            self.spec.top_k,
+            self.available,
+            self.request.expert_cache,
+        )
+
+    def _cache(self, budget: Budget, stack: ExitStack) -> ExpertCache:
+        made = ExpertCache(self.store, budget.expert_cache, policy=self.request.policy)
+        return stack.enter_context(made)
+
+    def takes_native(self, notes: list[str]) -> bool:
+        """Whether the native runner is asked for, or runs this model; a note says why not."""
+        if self.request.runner != "auto":
+            return self.request.runner == "native"
+        reason = supports(self.config) if library() is not None else "no C++ compiler"
+        if reason is not None:
+            notes.append(f"graph runner: {reason}")
+        return reason is None
+
+    # -- the graph runner --
+
+    def graph(self, stack: ExitStack) -> tuple[Runner, Budget, ExpertCache]:
+        """The family's own modules."""
+        if self.request.resident_codec is not None:
+            raise UserError("resident_codec needs the native runner, which does not run this model")
+        model = resident_model(self.store, self.config, self.dtype)
+        runner = GraphRunner(model)
+        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        kv_cache = self.streams * runner.cache_size.nbytes(self.context)
+        largest = max(layer.params_per_expert for layer in self.spec.per_layer)
+        scratch = runner.scratch_bytes(self.context, self.streams, largest)
+        budget = self._budget(sum(tensors.values()), kv_cache, scratch)
+        cache = self._cache(budget, stack)
+        view = MoEView(model)
+        runner.attach(ExpertBackend(model, self.store.layers, cache))
+        prefetching = self._prefetching(cache, budget, lambda: gates_of(view))
+        if prefetching is not None:
+            runner.attach(view.observe(prefetching.seam))
+        return runner, budget, cache
+
+    # -- the native runner --
+
+    def native(self, stack: ExitStack) -> tuple[Runner, Budget, ExpertCache]:
+        """The common shapes in native code."""
+        encoder = self.request.resident_codec
+        stored = self.dtype or config_dtype(self.config)
+        runner = NativeRunner(
+            self.store,
+            experts=_NoExperts(self.sizes.shape),
+            codec=None if encoder is None else make_codec(encoder),
+            dtype=self.dtype,
+            kv_dtype=torch.bfloat16 if stored == torch.bfloat16 else None,
+            threads=self.request.threads,
+        )
+        stack.callback(runner.close)
+        kv_cache = self.streams * runner.kv_bytes_per_token * self.context
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        scratch = runner.scratch_bytes + 12 * vocabulary * self.streams
+        budget = self._budget(runner.resident_bytes, kv_cache, scratch)
+        cache = self._cache(budget, stack)
+        runner.experts = cache
+        prefetching = self._prefetching(cache, budget, lambda: _native_gates(runner, self.spec))
+        if prefetching is not None:
+            runner.observer = prefetching.routed
+        return runner, budget, cache
+
+    def _prefetching(
+        self, cache: ExpertCache, budget: Budget, gates: Callable[[], list[Gate]]
+    ) -> Prefetching | None:
+        if not self.request.prefetch or budget.complete:
+            return None
+        predictor = self.request.predictor
+        if isinstance(predictor, str):
+            name = PREDICTOR if predictor == "auto" else predictor
+            try:
+                predictor = make_predictor(name, gates=gates())
+            except UserError:
+                if self.request.predictor != "auto":
+                    raise
+                return None
+        bandwidth = disk_bandwidth(self.store)
+        spec = self.spec
+        made = new_prefetcher(predictor, cache, spec.num_experts, spec.top_k, bandwidth)
+        return Prefetching(cache, made)
+
+
+class _NoExperts:
+    """Stands for the cache until it is known how large that may be."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.table = np.zeros(shape, dtype=np.uint64)
+
+    def begin(self, layer: int, experts: Sequence[int]) -> Claim:
+        raise ValueError("a step before the expert cache is there")
+
+
+def _native_gates(runner: NativeRunner, spec: MoESpec) -> list[Gate]:
+    def values(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda hidden: torch.from_numpy(runner.router_scores(layer, hidden.numpy()))
+
+    return [Gate(values(layer), described.top_k) for layer, described in enumerate(spec.per_layer)]
+
+
+def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig:
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(config)

@@ -1,0 +1,72 @@
+"""Hints for an expert cache while a model runs, from what its routers choose."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from moekit.core.port import SeamCall
+from moekit.runtime.expert_cache import ExpertCache
+from moekit.runtime.native_runner import Routed
+from moekit.runtime.predict.prefetch import Prefetcher
+
+# Weight of the last layer in the running mean of the time a layer computes.
+NEWEST = 0.05
+
+
+class Prefetching:
+    """Shows a prefetcher every router's choice and hands its hints to the cache."""
+
+    def __init__(self, cache: ExpertCache, prefetcher: Prefetcher) -> None:
+        self.prefetcher = prefetcher
+        self._cache = cache
+        self._last: tuple[float, float] | None = None
+
+    def seam(self, call: SeamCall) -> None:
+        """What happens at the seam of a model in torch."""
+        hidden = call.hidden if call.router_input is None else call.router_input
+        self._observe(call.layer.position, call.ids, hidden.reshape(-1, hidden.shape[-1]))
+
+    def routed(self, routed: Routed) -> None:
+        """What the native runner tells of a layer."""
+        self._observe(routed.layer, routed.ids, routed.hidden)
+
+    def _observe(self, layer: int, ids: ArrayLike, hidden: ArrayLike) -> None:
+        self._time_layer(layer)
+        table = self._cache.table
+        hints = self.prefetcher.begin(None, table) if layer == 0 else []
+        reads = self.prefetcher.predictor.reads_hidden
+        for hint in (
+            *hints,
+            *self.prefetcher.observe(layer, ids, hidden if reads else None, table),
+        ):
+            self._cache.hint(hint.layer, hint.ids)
+
+    def _time_layer(self, layer: int) -> None:
+        """Keep up the time from layer to layer in which nothing was waited for."""
+        now: tuple[float, float] = time.perf_counter(), self._cache.stats.wait_seconds
+        if self._last is not None and layer > 0:
+            seconds = now[0] - self._last[0] - (now[1] - self._last[1])
+            mean = self.prefetcher.layer_seconds
+            self.prefetcher.layer_seconds = max(0.0, mean + NEWEST * (seconds - mean))
+        self._last = now
+
+
+def new_prefetcher(
+    predictor: Any, cache: ExpertCache, num_experts: int, top_k: int, bandwidth: float
+) -> Prefetcher:
+    """A prefetcher for `cache` whose disk reads `bandwidth` bytes a second."""
+    sizes = [
+        max(cache.store.nbytes(position, e) for e in range(layer.num_experts))
+        for position, layer in enumerate(cache.store.layers)
+    ]
+    return Prefetcher(
+        predictor,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_bytes=sizes,
+        bandwidth=bandwidth,
+        layer_seconds=0.0,
+    )

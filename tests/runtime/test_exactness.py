@@ -1,0 +1,97 @@
+"""Greedy tokens are those of transformers, and no budget, policy or prefetch changes a bit."""
+
+import pytest
+import torch
+
+import moekit
+from moekit.core.pack import pack
+from tests.families.tiny import TINY, build_tiny, supports_generate
+
+# Adapters, hybrids, recurrent layers, compressed and sliding caches, keys split across tokens.
+FAST = {"qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next", "llama4", "doge", "minimax"}
+ENCODERS = {"nllb_moe", "switch_transformers"}
+DECODERS = [family for family in TINY if supports_generate(family) and family not in ENCODERS]
+FAMILIES = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in DECODERS]
+NEW = 10
+
+
+def prompts(rows, length=11):
+    return torch.randint(3, 120, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def packed(family, path, codec="fp32", dtype=torch.float32):
+    model = build_tiny(family, dtype=dtype)
+    model.save_pretrained(path / "m")
+    pack(path / "m", path / "packed", codec=codec)
+    return model, path / "packed"
+
+
+def greedy(model, ids):
+    with torch.inference_mode():
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_transformers(tmp_path, family):
+    model, path = packed(family, tmp_path)
+    with moekit.open_engine(path, max_context=64) as whole:
+        half = whole.cache.nbytes // 2
+    with moekit.open_engine(path, max_context=64, expert_cache=half, streams=8) as engine:
+        for rows in (1, 8):
+            ids = prompts(rows)
+            # In a batch doge splits the keys of one sequence over those of another.
+            parts = ids.split(1) if family == "doge" else [ids]
+            expected = torch.cat([greedy(model, part) for part in parts])
+            assert torch.equal(engine.generate(ids, NEW), expected), rows
+        assert engine.stats.misses
+
+
+def all_logits(engine):
+    """Logits after every token of a prompt given in two parts, and of steps after it."""
+    seq = engine.runner.new_sequence(40)
+    ids = prompts(1, 16)[0].tolist()
+    parts = [engine.runner.forward([seq], [ids[:12]], all_positions=True)[0]]
+    parts += [engine.runner.forward([seq], [[token]]) for token in ids[12:]]
+    engine.runner.drop(seq)
+    return torch.cat(parts)
+
+
+POLICIES = ["lru", "lfu", "lfu-aged", "edgemoe", "shallow-first", "refreshed-set"]
+
+
+@pytest.mark.parametrize("runner", ["graph", "native"])
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)],
+)
+def test_logits_do_not_depend_on_what_is_in_memory(tmp_path, monkeypatch, runner, codec, dtype):
+    config = TINY["qwen3_moe"]()
+    config.moe_intermediate_size = 32
+    monkeypatch.setitem(TINY, "qwen3_moe", lambda: config)
+    _, path = packed("qwen3_moe", tmp_path, codec, dtype)
+    with moekit.open_engine(path, max_context=64, runner=runner) as engine:
+        engine.cache.load_all()
+        assert engine.budget.complete
+        expected, size = all_logits(engine), engine.cache.nbytes
+        assert engine.stats.misses == 0
+    expert = size // 16
+    for policy in POLICIES:
+        for nbytes in (2 * expert, 5 * expert, size - 1):
+            for prefetch in (False, True):
+                with moekit.open_engine(
+                    path,
+                    max_context=64,
+                    runner=runner,
+                    expert_cache=nbytes,
+                    policy=policy,
+                    prefetch=prefetch,
+                ) as engine:
+                    assert torch.equal(all_logits(engine), expected), (policy, nbytes, prefetch)
+                    assert engine.cache.stats.peak_bytes <= nbytes
+                    assert engine.stats.misses
