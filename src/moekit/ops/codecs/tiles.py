@@ -1,8 +1,10 @@
 """Arrays of an integer codec in tiles of rows, the order in which vector instructions want them.
 
 Shapes: O rows, N groups a row, B bytes of codes a group. Codes [O, N, B] become
-[O / 16, N, B / 4, 16, 4] and scales [O, N] become [O / 16, N, 16], rows padded with zeros to whole
-tiles: 64 bytes in a row are four bytes of each of 16 rows, and a tile is read from end to end.
+[O / 64, N, B / 4, 64, 4] and scales [O, N] become [O / 64, N, 64], rows padded with zeros to whole
+tiles. So a vector of 64 bytes has four bytes of each of 16 rows, four of them that do not wait for
+each other follow one another, and a tile is read from its first byte to its last, which is what the
+prefetchers of a processor are made for.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from moekit.ops.codecs.codec import Part
 
-TILE_ROWS = 16
+TILE_ROWS = 64
 # Bytes of codes that lie together for a row.
 WORD = 4
 

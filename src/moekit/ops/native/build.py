@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"),
+    *("-O3", "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden"),
     # Nobody reads errno or the exception flags, and loops are vectorised without them.
     *("-fno-math-errno", "-fno-trapping-math"),
 )

@@ -12,7 +12,7 @@
 namespace moekit {
 
 constexpr int GROUP_TOKENS = 12;  // tokens of a block that registers have room for
-constexpr int ROW_TOKENS = 4;
+constexpr int ROW_TOKENS = 3;
 constexpr int ROW_PADDING = 32;
 constexpr int MAX_STREAMS = 4;
 

@@ -3,6 +3,7 @@
 #include "portable.h"
 
 namespace moekit {
-const Kernels avx2_kernels = {"avx2", prepare, multiply, activate, add_scaled};
+const Kernels avx2_kernels = {"avx2", prepare, multiply_blocks<multiply_groups, multiply_rows>, activate,
+                               add_scaled};
 }
 #endif

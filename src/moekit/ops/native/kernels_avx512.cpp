@@ -1,8 +1,15 @@
 // The kernels for AVX-512 with BF16.
 #if defined(__x86_64__)
-#include "portable.h"
+#include "avx512.h"
+#include "blocks.h"
 
 namespace moekit {
-const Kernels avx512_kernels = {"avx512", prepare, multiply, activate, add_scaled};
+const Kernels avx512_kernels = {
+    "avx512",
+    prepare,
+    multiply_blocks<multiply_groups_avx512, multiply_rows_avx512>,
+    activate,
+    add_scaled,
+};
 }
 #endif

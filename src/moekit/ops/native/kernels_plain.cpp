@@ -2,5 +2,6 @@
 #include "portable.h"
 
 namespace moekit {
-const Kernels plain_kernels = {"plain", prepare, multiply, activate, add_scaled};
+const Kernels plain_kernels = {"plain", prepare, multiply_blocks<multiply_groups, multiply_rows>, activate,
+                               add_scaled};
 }

@@ -13,10 +13,10 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 // How a matrix is stored. F32, BF16 and F16 are row-major; GROUPS are bit fields in tiles of
-// TILE_ROWS rows, rows padded to whole tiles: codes [tile, group, stride / 4, 16, 4] bytes,
-// scales float16 and zeros uint8 [tile, group, 16].
+// TILE_ROWS rows, rows padded to whole tiles: codes [tile, group, stride / 4, 64, 4] bytes,
+// scales float16 and zeros uint8 [tile, group, 64].
 enum { KIND_F32 = 0, KIND_BF16 = 1, KIND_F16 = 2, KIND_GROUPS = 3 };
-enum { TILE_ROWS = 16, MAX_FIELDS = 8 };
+enum { TILE_ROWS = 64, MAX_FIELDS = 8 };
 
 // One bit field: adds scale * (lut[code] - zero) to each weight of its group. Byte j of the B bytes
 // that a field of `width` bits has in a group holds the codes of columns j, j + B, ... lowest bits

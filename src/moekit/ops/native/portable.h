@@ -1,27 +1,29 @@
 // The kernels in plain C++, for any instruction set that the file including this is compiled for.
 #pragma once
 
-#include "activation.h"
-#include "input.h"
+#include "blocks.h"
 
 namespace moekit {
 namespace {
 
-// Adds one field's part of a group to the totals [n, 16] of a tile. Values of codes lie on a line,
+// Rows that are worked on together.
+constexpr int STRIP = 16;
+
+// Adds one field's part of a group to the totals [n, 16] of a strip. Values of codes lie on a line,
 // so codes are multiplied as they are and the line's offset goes to the sum of the activations.
 inline void field_of_group(const Field& field, const uint8_t* codes, const uint32_t* pairs,
                            const float* sums, int n, int dwords, const float* scale,
-                           const uint8_t* zero, float (*totals)[TILE_ROWS]) {
+                           const uint8_t* zero, float (*totals)[STRIP]) {
     const float start = from_bfloat16(field.lut[0]), step = from_bfloat16(field.lut[1]) - start;
     const int bits = field.width == 8 ? 4 : field.width;
     const uint32_t mask = (1u << bits) - 1;
-    float part[GROUP_TOKENS][TILE_ROWS] = {};
+    float part[GROUP_TOKENS][STRIP] = {};
     for (int q = 0; q < dwords; ++q) {
-        uint32_t dword[TILE_ROWS];
-        memcpy(dword, codes + q * sizeof dword, sizeof dword);
+        uint32_t dword[STRIP];
+        memcpy(dword, codes + int64_t{q} * TILE_ROWS * 4, sizeof dword);
         for (int shift = field.shift; shift < 16; shift += field.width, pairs += n) {
-            float low[TILE_ROWS], high[TILE_ROWS];
-            for (int r = 0; r < TILE_ROWS; ++r) {
+            float low[STRIP], high[STRIP];
+            for (int r = 0; r < STRIP; ++r) {
                 low[r] = static_cast<float>(static_cast<int32_t>((dword[r] >> shift) & mask));
                 high[r] =
                     static_cast<float>(static_cast<int32_t>((dword[r] >> (shift + 16)) & mask));
@@ -29,46 +31,49 @@ inline void field_of_group(const Field& field, const uint8_t* codes, const uint3
             for (int t = 0; t < n; ++t) {
                 const float a = from_bfloat16(static_cast<uint16_t>(pairs[t]));
                 const float b = from_bfloat16(static_cast<uint16_t>(pairs[t] >> 16));
-                for (int r = 0; r < TILE_ROWS; ++r) part[t][r] += low[r] * a + high[r] * b;
+                for (int r = 0; r < STRIP; ++r) part[t][r] += low[r] * a + high[r] * b;
             }
         }
     }
     for (int t = 0; t < n; ++t)
-        for (int r = 0; r < TILE_ROWS; ++r) {
+        for (int r = 0; r < STRIP; ++r) {
             const float offset = start - (zero == nullptr ? 0.0f : static_cast<float>(zero[r]));
             totals[t][r] += scale[r] * (part[t][r] * step + offset * sums[t]);
         }
 }
 
 inline void multiply_groups(const Format& format, const uint8_t* base, Rows rows,
-                            const uint8_t* block, int n, float* y, int64_t y_stride) {
+                            const uint8_t* x, int n, float* y, int64_t y_stride) {
     const Streams streams(format);
     const int groups = format.cols / format.group;
     const int64_t stream_bytes = int64_t{2} * format.cols * n;
-    const float* sums = reinterpret_cast<const float*>(block + streams.count * stream_bytes);
-    for (int start = rows.first; start < rows.first + rows.count; start += TILE_ROWS) {
-        const int64_t tile = start / TILE_ROWS;
-        float totals[GROUP_TOKENS][TILE_ROWS] = {};
+    const float* sums = reinterpret_cast<const float*>(x + streams.count * stream_bytes);
+    for (int r = 0; r < rows.count; r += STRIP) {
+        const int64_t tile = (rows.first + r) / TILE_ROWS;
+        const int strip = (rows.first + r) % TILE_ROWS;
+        float totals[GROUP_TOKENS][STRIP] = {};
         for (int g = 0; g < groups; ++g) {
             const int64_t at = tile * groups + g;
             for (int f = 0; f < format.num_fields; ++f) {
                 const Field& field = format.fields[f];
-                uint16_t halves[TILE_ROWS];
-                memcpy(halves, base + field.scale + at * sizeof halves, sizeof halves);
-                float scale[TILE_ROWS];
-                for (int r = 0; r < TILE_ROWS; ++r) scale[r] = from_float16(halves[r]);
-                const uint8_t* stream = block + streams.find(field.width) * stream_bytes;
+                uint16_t halves[STRIP];
+                memcpy(halves, base + field.scale + (at * TILE_ROWS + strip) * 2, sizeof halves);
+                float scale[STRIP];
+                for (int i = 0; i < STRIP; ++i) scale[i] = from_float16(halves[i]);
+                const uint8_t* codes = base + field.codes +
+                                       (at * field.stride + field.first) * TILE_ROWS + strip * 4;
+                const uint8_t* stream = x + streams.find(field.width) * stream_bytes;
                 field_of_group(
-                    field, base + field.codes + (at * field.stride + field.first) * TILE_ROWS,
+                    field, codes,
                     reinterpret_cast<const uint32_t*>(stream) + int64_t{g} * (format.group / 2) * n,
                     sums + int64_t{g} * n, n, format.group * field.width / 32, scale,
-                    field.zero < 0 ? nullptr : base + field.zero + at * TILE_ROWS, totals);
+                    field.zero < 0 ? nullptr : base + field.zero + at * TILE_ROWS + strip, totals);
             }
         }
-        const int left = rows.first + rows.count - start;
+        const int left = rows.count - r;
         for (int t = 0; t < n; ++t)
-            for (int r = 0; r < (left < TILE_ROWS ? left : TILE_ROWS); ++r)
-                y[t * y_stride + (start - rows.first) + r] = totals[t][r];
+            for (int i = 0; i < (left < STRIP ? left : STRIP); ++i)
+                y[t * y_stride + r + i] = totals[t][i];
     }
 }
 
@@ -91,8 +96,8 @@ inline float dot(const Weight* w, const Activation* x, int columns, ReadWeight r
 }
 
 inline void multiply_rows(const Format& format, const uint8_t* base, Rows rows, const uint8_t* x,
-                          int64_t bytes, int n, float* y, int64_t y_stride) {
-    const int64_t size = format.kind == KIND_F32 ? 4 : 2;
+                          int n, float* y, int64_t y_stride) {
+    const int64_t size = format.kind == KIND_F32 ? 4 : 2, bytes = token_bytes(format);
     const auto same = [](float v) { return v; };
     for (int r = 0; r < rows.count; ++r) {
         const uint8_t* w = base + format.data + (rows.first + r) * size * format.cols;
@@ -111,23 +116,6 @@ inline void multiply_rows(const Format& format, const uint8_t* base, Rows rows, 
                           from_bfloat16);
         }
     }
-}
-
-inline void multiply(const Format& format, const uint8_t* base, Rows rows, const Input& input,
-                     Tokens tokens, float* y, int64_t y_stride) {
-    const int64_t bytes = token_bytes(format);
-    for (int t = 0; t < tokens.count; t += input.block) {
-        const int left = tokens.count - t, n = left < input.block ? left : input.block;
-        const uint8_t* block = input.data + (tokens.first + t) * bytes;
-        if (format.kind == KIND_GROUPS)
-            multiply_groups(format, base, rows, block, n, y + t * y_stride, y_stride);
-        else
-            multiply_rows(format, base, rows, block, bytes, n, y + t * y_stride, y_stride);
-    }
-}
-
-inline void add_scaled(int n, float weight, const float* from, float* to) {
-    for (int i = 0; i < n; ++i) to[i] += weight * from[i];
 }
 
 }  // namespace

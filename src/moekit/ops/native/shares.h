@@ -102,7 +102,7 @@ public:
 
 private:
     static constexpr int CHUNKS_A_THREAD = 16;
-    static constexpr int STEP = 2 * TILE_ROWS;
+    static constexpr int STEP = TILE_ROWS;
     static constexpr int MOST_ROWS = 256;
     struct Chunk {
         int job;

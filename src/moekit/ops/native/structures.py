@@ -6,7 +6,6 @@ import ctypes
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint16, c_void_p
 
 F32, BF16, F16, GROUPS = range(4)
-TILE_ROWS = 16
 MAX_FIELDS = 8
 ACTIVATIONS = (
     "silu",
