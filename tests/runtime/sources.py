@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -18,8 +19,8 @@ class StoreSource:
         self.ready, self.portion = ready, portion
         self.held: dict[int, Tensor] = {}
 
-    def begin(self, layer: int, experts: list[int]) -> StoreClaim:
-        return StoreClaim(self, layer, experts)
+    def begin(self, layer: int, experts: Any, **amounts: Any) -> StoreClaim:
+        return StoreClaim(self, layer, experts.tolist())
 
     def record(self, layer: int, expert: int) -> Tensor:
         return self.held[expert]
@@ -47,5 +48,8 @@ class StoreClaim:
             # What was given back may be overwritten at any time.
             self.source.held.pop(expert).fill_(0xFF)
 
-    def release(self) -> None:
+    def __enter__(self) -> StoreClaim:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
         self.source.held.clear()

@@ -5,12 +5,15 @@ Shapes: T tokens, K chosen, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,27 +21,18 @@ from moekit.core.find import find_moe
 from moekit.core.packed import PackedLayer
 from moekit.core.view import MoEView
 from moekit.ops import native
+from moekit.runtime.claim import Claim
 from moekit.runtime.native_experts import NativeExperts, native_experts
 from moekit.runtime.torch_experts import TorchExperts
-
-
-class Claim(Protocol):
-    """Experts of one layer that stay in memory until they are `done` or the claim is released."""
-
-    ready: list[int]
-
-    def arrivals(self) -> Iterator[list[int]]:
-        """The other experts, as they come; StoreError where one cannot be read."""
-
-    def done(self, experts: Sequence[int]) -> None: ...
-
-    def release(self) -> None: ...
 
 
 class ExpertSource(Protocol):
     """Where records come from; `runtime.expert_cache.ExpertCache` is one."""
 
-    def begin(self, layer: int, experts: Sequence[int]) -> Claim: ...
+    def begin(
+        self, layer: int, experts: ArrayLike, *, tokens: int = 1, counts: ArrayLike | None = None
+    ) -> Claim:
+        """Claim experts of a layer for a call of `tokens` tokens, `counts` of which use each."""
 
     def record(self, layer: int, expert: int) -> Tensor:
         """The bytes of all planes of an expert, one after the other."""
@@ -81,18 +75,12 @@ class ExpertBackend:
         self, position: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:
         call = self._experts[position].start(hidden, ids, weights)
-        stored = {e for e in ids.flatten().tolist() if 0 <= e < self._num_experts[position]}
-        claim = self._source.begin(position, sorted(stored))
-        try:
-            for experts in _portions(claim):
+        used, counts = np.unique(ids.numpy(), return_counts=True)
+        stored = (used >= 0) & (used < self._num_experts[position])
+        with self._source.begin(
+            position, used[stored], tokens=len(ids), counts=counts[stored]
+        ) as claim:
+            for experts in chain([claim.ready], claim.arrivals()):
                 call.run({e: self._source.record(position, e) for e in experts})
                 claim.done(experts)
-        finally:
-            claim.release()
         return call.result()
-
-
-def _portions(claim: Claim) -> Iterator[list[int]]:
-    if claim.ready:
-        yield claim.ready
-    yield from claim.arrivals()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import GenerationConfig, PretrainedConfig
 
 from moekit.core.architecture import read_config
@@ -23,13 +24,14 @@ from moekit.core.view import MoEView
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import library
 from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.claim import Claim
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import disk_bandwidth
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
 from moekit.runtime.expert_cache import ExpertCache, record_sizes
 from moekit.runtime.graph_runner import GraphRunner
-from moekit.runtime.native_runner import Claim, NativeRunner
+from moekit.runtime.native_runner import NativeRunner
 from moekit.runtime.predict.files import make_predictor
 from moekit.runtime.predict.gates import Gate, gates_of
 from moekit.runtime.predict.predictor import Predictor
@@ -215,7 +217,9 @@ class _NoExperts:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.table = np.zeros(shape, dtype=np.uint64)
 
-    def begin(self, layer: int, experts: Sequence[int]) -> Claim:
+    def begin(
+        self, layer: int, experts: ArrayLike, *, tokens: int = 1, counts: ArrayLike | None = None
+    ) -> Claim:
         raise ValueError("a step before the expert cache is there")
 
 
