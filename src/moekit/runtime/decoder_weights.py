@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from ctypes import POINTER
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from moekit.core.packed import PackedLayer
 from moekit.ops.codecs import Codec
 from moekit.ops.native import ExpertFormat, Format, Pool
 from moekit.ops.native.decoder import SCORES, Layer, Linear, Model, Router, RouterRule
-from moekit.ops.native.encode import encode_in_memory
+from moekit.ops.native.encode import encode_in_memory, nbytes_in_memory
 from moekit.ops.native.formats import KINDS, expert_format, plain_format
 from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
 from moekit.runtime.expert_formats import formats_of_layer
@@ -60,6 +61,10 @@ class DecoderWeights:
         self._matrices: dict[str, Matrix] = {}
         self._tensors: dict[str, Tensor] = {}
         self._formats: list[Any] = []
+        self._roles = roles_of(shape)
+        self._arena = Arena(
+            sum(self._size(name, info.dtype) for name, info in store.resident_info().items())
+        )
         self._read(store)
         self.layers = (Layer * len(shape.layers))(
             *[self._layer(layer, store) for layer in shape.layers]
@@ -83,7 +88,7 @@ class DecoderWeights:
         return 4 * (numbers + rows * shape.heads * shape.head_dim)
 
     def _read(self, store: ExpertStore) -> None:
-        roles = roles_of(self.shape)
+        roles = dict(self._roles)
         for name, tensor in store.resident():
             wanted = self.shape.tensors.get(name)
             if wanted != tuple(tensor.shape):
@@ -91,27 +96,54 @@ class DecoderWeights:
                     f"{store.path}: tensor {name} {list(tensor.shape)} has no place in the model "
                     "of its config.json. Convert the model again."
                 )
-            for role in roles.pop(name, ()):
-                if role == MATRIX:
-                    self._matrices[name] = self._matrix(tensor)
-                elif role == VECTOR:
-                    self._tensors[name] = tensor.float().contiguous()
-                else:
-                    self._tensors[name] = _table(tensor)
+            given = roles.pop(name, ())
+            if TABLE in given:
+                self._tensors[name] = _table(tensor)
+            if VECTOR in given:
+                self._tensors[name] = tensor.float().contiguous()
+            if MATRIX in given:
+                self._matrices[name] = self._matrix(name, tensor)
         if roles:
             raise StoreError(
                 f"{store.path}: tensor {min(roles)} is missing. Convert the model again."
             )
 
-    def _matrix(self, tensor: Tensor) -> Matrix:
+    def _size(self, name: str, stored: torch.dtype) -> int:
+        """Bytes of the arena that a tensor takes."""
+        if MATRIX not in self._roles.get(name, ()) or self._is_shared(name, stored):
+            return 0
+        outputs, inputs = self.shape.tensors[name]
+        if encodes(self._codec, (outputs, inputs)):
+            assert self._codec is not None
+            return nbytes_in_memory(self._codec, (outputs, inputs))
+        return Arena.padded(outputs * inputs * self._kept(stored).itemsize)
+
+    def _is_shared(self, name: str, stored: torch.dtype) -> bool:
+        """Whether a matrix is read where the embedding that it is tied to lies."""
+        outputs, inputs = self.shape.tensors[name]
+        encoded = encodes(self._codec, (outputs, inputs))
+        return (
+            TABLE in self._roles[name]
+            and not encoded
+            and _table_dtype(stored) == self._kept(stored)
+        )
+
+    def _kept(self, stored: torch.dtype) -> torch.dtype:
+        return self._dtype or (stored if stored in KINDS else torch.float32)
+
+    def _matrix(self, name: str, tensor: Tensor) -> Matrix:
         shape = (tensor.shape[0], tensor.shape[1])
-        if tensor.dtype not in KINDS:
-            tensor = tensor.float()
+        if self._is_shared(name, tensor.dtype):
+            kept = self._tensors[name]
+            return Matrix(plain_format(shape, kept.dtype), kept)
+        memory = self._arena.take(self._size(name, tensor.dtype))
         if encodes(self._codec, shape):
             assert self._codec is not None
-            return Matrix(*encode_in_memory(self._pool, self._codec, tensor))
-        kept = tensor if self._dtype is None else tensor.to(self._dtype)
-        return Matrix(plain_format(shape, kept.dtype), kept.contiguous())
+            weight = tensor if tensor.dtype in KINDS else tensor.float()
+            return Matrix(encode_in_memory(self._pool, self._codec, weight, memory), memory)
+        dtype = self._kept(tensor.dtype)
+        kept = memory[: tensor.numel() * dtype.itemsize].view(dtype).view(shape).copy_(tensor)
+        return Matrix(plain_format(shape, dtype), kept)
 
     def _model(self, kv_bf16: bool, max_rows: int) -> Model:
         shape, family = self.shape, self.shape.family
@@ -224,6 +256,32 @@ class DecoderWeights:
         return None if name is None else self._tensors[name].data_ptr()
 
 
+class Arena:
+    """One piece of memory for many matrices, in huge pages where the system gives them."""
+
+    ALIGN = 64
+
+    def __init__(self, nbytes: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Reading a matrix from end to end then waits for few translations of addresses.
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._used = 0
+
+    @classmethod
+    def padded(cls, nbytes: int) -> int:
+        """Bytes that `take(nbytes)` uses up."""
+        return -(-nbytes // cls.ALIGN) * cls.ALIGN
+
+    def take(self, nbytes: int) -> Tensor:
+        """The next bytes [nbytes]."""
+        start = self._used
+        self._used += self.padded(nbytes)
+        return self._memory[start : start + nbytes]
+
+
 def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
     """What becomes of each tensor of the resident part; a tied embedding has two roles."""
     roles: dict[str, tuple[str, ...]] = {}
@@ -271,6 +329,9 @@ def _moved(format: Format, bytes_: int) -> Format:
 
 
 def _table(tensor: Tensor) -> Tensor:
-    """Rows that are read as they are: bfloat16, or float32."""
-    kept = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
-    return kept.contiguous()
+    return tensor.to(_table_dtype(tensor.dtype)).contiguous()
+
+
+def _table_dtype(stored: torch.dtype) -> torch.dtype:
+    """The number format of rows that are read as they are."""
+    return stored if stored == torch.bfloat16 else torch.float32

@@ -55,7 +55,9 @@ class NativeSequence:
         self.capacity = capacity
         self.padded = -(-capacity // KEY_BLOCK) * KEY_BLOCK
         # Pages are taken as they are first written, and are zero before.
-        self.memory: mmap.mmap | None = mmap.mmap(-1, max(1, shape.nbytes(self.padded)))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        size = max(1, shape.nbytes(self.padded))
+        self.memory: mmap.mmap | None = mmap.mmap(-1, size, flags=flags)
         self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
 
     def truncate(self, length: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from moekit.core.errors import UserError
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import Pool, library
-from moekit.ops.native.encode import encode_in_memory
+from moekit.ops.native.encode import encode_in_memory, nbytes_in_memory
 from moekit.ops.native.formats import in_memory
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
@@ -34,7 +34,8 @@ def test_bytes_are_those_of_the_codec(pool, name, group_size, dtype):
     for rows in (32, 21):
         weight = weights(rows, dtype)
         weight[~weight.isfinite()] = 0
-        format, memory = encode_in_memory(pool, codec, weight)
+        memory = torch.full((nbytes_in_memory(codec, (rows, 256)),), 7, dtype=torch.uint8)
+        format = encode_in_memory(pool, codec, weight, memory)
         expected_format, expected = in_memory(codec, codec.encode(weight))
         assert torch.equal(memory, expected)
         assert bytes(format) == bytes(expected_format)
@@ -44,5 +45,7 @@ def test_bytes_are_those_of_the_codec(pool, name, group_size, dtype):
 def test_what_the_codec_refuses_is_refused(pool, bad):
     weight = torch.ones(32, 64)
     weight[17, 40] = bad
+    codec = make_codec("int8")
+    size = nbytes_in_memory(codec, (32, 64))
     with pytest.raises(UserError, match=r"1 of the weights|beyond float16"):
-        encode_in_memory(pool, make_codec("int8"), weight)
+        encode_in_memory(pool, codec, weight, torch.empty(size, dtype=torch.uint8))

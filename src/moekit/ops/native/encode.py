@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ctypes import c_int32, c_void_p
 
-import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
@@ -16,23 +15,28 @@ from moekit.ops.native.library import Pool
 from moekit.ops.native.structures import Format
 
 
-def encode_in_memory(pool: Pool, codec: Codec, weight: Tensor) -> tuple[Format, Tensor]:
-    """What `in_memory(codec, codec.encode(weight))` gives, to the byte, in a fraction of the time.
+def nbytes_in_memory(codec: Codec, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix of `shape` as `encode_in_memory` makes it."""
+    parts = [part for plane in codec.layout(shape) for part in plane]
+    sizes = [tiled_nbytes(part) if codec.tiled else part.nbytes for part in parts]
+    return sum(-(-size // ALIGN) * ALIGN for size in sizes)
 
-    Raises UserError for values that the codec cannot hold and ValueError for a codec without
+
+def encode_in_memory(pool: Pool, codec: Codec, weight: Tensor, memory: Tensor) -> Format:
+    """Put what `in_memory(codec, codec.encode(weight))` gives, to the byte, into `memory`.
+
+    `memory` are `nbytes_in_memory` bytes. Symmetric integers of 4 and 8 bits take a fraction of the
+    time. Raises UserError for values that the codec cannot hold and ValueError for a codec without
     kernels.
     """
     if not (isinstance(codec, GroupCodec) and codec.bits in (4, 8) and not codec.zero_point):
         made = in_memory(codec, codec.encode(weight))
         if made is None:
             raise ValueError("a codec without kernels")
-        return made
+        memory.copy_(made[1])
+        return made[0]
     shape = (weight.shape[0], weight.shape[1])
-    payload, scale = codec.layout(shape)[0]
-    start = -(-tiled_nbytes(payload) // ALIGN) * ALIGN
-    size = start + -(-tiled_nbytes(scale) // ALIGN) * ALIGN
-    memory = torch.empty(size + ALIGN, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % ALIGN :][:size]
+    start = -(-tiled_nbytes(codec.layout(shape)[0][0]) // ALIGN) * ALIGN
     if shape[0] % TILE_ROWS:
         memory.zero_()
     weight = weight.contiguous()
@@ -55,4 +59,4 @@ def encode_in_memory(pool: Pool, codec: Codec, weight: Tensor) -> tuple[Format, 
         raise UserError("a matrix cannot be encoded")
     format = matrix_format(codec, shape, [{"payload": 0, "scale": start}])
     assert format is not None
-    return format, memory
+    return format
