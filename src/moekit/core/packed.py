@@ -20,7 +20,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from torch import Tensor
 
 from moekit.core.checkpoint import DTYPE_NAMES, read_json
 from moekit.core.errors import UserError
+from moekit.core.load import PACKED_FILE
 from moekit.ops.codecs import Codec, Encoded, Part, make_codec
 from moekit.ops.codecs.tiles import TILE_ROWS, tile, tiled_nbytes, tiled_shape, untile
 
-PACKED_FILE = "packed.json"
 FORMAT = "moekit.packed"
 VERSION = 2
 PAGE = 4096
@@ -45,6 +45,8 @@ _FIELDS = struct.Struct("<8sIIIIQ16s")
 _CRC_AT = slice(20, 24)
 _MATRICES = ("gate", "up", "down")
 _VECTORS = ("gate_bias", "up_bias", "down_bias")
+# (bytes, the checksum so far) -> the checksum.
+Crc32 = Callable[[memoryview, int], int]
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -177,21 +179,30 @@ def write_record(
     return record[None]
 
 
-def checksum(record: memoryview) -> int:
+def checksum(record: memoryview, crc32: Crc32 = zlib.crc32) -> int:
     """CRC-32 of a record without the field that holds it."""
-    return zlib.crc32(record[_CRC_AT.stop :], zlib.crc32(record[: _CRC_AT.start]))
+    return crc32(record[_CRC_AT.stop :], crc32(record[: _CRC_AT.start], 0))
 
 
 def check_record(
-    header: PackedHeader, position: int, expert: int, plane: int, record: memoryview, whole: bool
+    header: PackedHeader,
+    position: int,
+    expert: int,
+    plane: int,
+    record: memoryview,
+    whole: bool,
+    crc32: Crc32 = zlib.crc32,
 ) -> str | None:
-    """What is wrong with a record that was read, or None; `whole` also checks every byte."""
+    """What is wrong with a record that was read, or None; `whole` also checks every byte.
+
+    `crc32` computes what zlib's function of that name does.
+    """
     layout = header.layers[position].record(expert, plane)
     magic, at, e, p, crc, used, pack_id = _FIELDS.unpack(record[: _FIELDS.size])
     if magic != MAGIC:
         return "it does not begin as a record does"
-    if whole and checksum(record) != crc:
-        return f"its checksum is {checksum(record):08x} instead of {crc:08x}"
+    if whole and (found := checksum(record, crc32)) != crc:
+        return f"its checksum is {found:08x} instead of {crc:08x}"
     if (at, e, p, used) != (position, expert, plane, layout.used):
         return f"it says it is plane {p} of expert {e} of layer {at} with {used} bytes"
     if pack_id.hex() != header.id:

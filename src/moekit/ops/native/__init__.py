@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moekit.ops.native.library import ISAS, Library, Pool, library
+from moekit.ops.native.library import ISAS, Library, Pool, library, loaded
 from moekit.ops.native.structures import ACTIVATIONS, ExpertFormat, FfnJob, Format, MatmulJob
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "MatmulJob",
     "Pool",
     "library",
+    "loaded",
 ]

@@ -52,6 +52,8 @@ struct Kernels {
     void (*activate)(const ExpertFormat&, int n, const float* gate, float* up);
     // to[i] += weight * from[i].
     void (*add_scaled)(int n, float weight, const float* from, float* to);
+    // The checksum's next state (`crc32.h`).
+    uint32_t (*crc32)(uint32_t state, const uint8_t* data, size_t size);
 };
 
 extern const Kernels plain_kernels;

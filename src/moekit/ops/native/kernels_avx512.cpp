@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include "avx512.h"
 #include "blocks.h"
+#include "crc32.h"
 
 namespace moekit {
 const Kernels avx512_kernels = {
@@ -10,6 +11,7 @@ const Kernels avx512_kernels = {
     multiply_blocks<multiply_groups_avx512, multiply_rows_avx512>,
     activate,
     add_scaled,
+    crc32_folded,
 };
 }
 #endif

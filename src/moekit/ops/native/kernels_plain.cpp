@@ -1,7 +1,14 @@
 // The kernels for any processor.
+#include "crc32.h"
 #include "portable.h"
 
 namespace moekit {
-const Kernels plain_kernels = {"plain", prepare, multiply_blocks<multiply_groups, multiply_rows>, activate,
-                               add_scaled};
+const Kernels plain_kernels = {
+    "plain",
+    prepare,
+    multiply_blocks<multiply_groups, multiply_rows>,
+    activate,
+    add_scaled,
+    crc32_by_table,
+};
 }

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,14 +47,9 @@ class Library:
 
     def crc32(self, data: Tensor | memoryview | bytes, crc: int = 0) -> int:
         """CRC-32 of bytes as zlib computes it, continuing from `crc`."""
-        view = memoryview(data.numpy()) if isinstance(data, Tensor) else memoryview(data)
-        if view.nbytes == 0:
-            return crc
-        raw = torch.frombuffer(view, dtype=torch.uint8) if not view.readonly else None
-        if raw is None:
-            held = ctypes.c_char_p(bytes(view))
-            return self.c.crc32_fast(crc, ctypes.cast(held, ctypes.c_void_p), view.nbytes)
-        return self.c.crc32_fast(crc, raw.data_ptr(), view.nbytes)
+        view = data.contiguous().numpy() if isinstance(data, Tensor) else data
+        array = np.frombuffer(view, dtype=np.uint8)
+        return self.c.crc32_fast(crc, array.ctypes.data, array.nbytes)
 
 
 class Pool:
@@ -166,6 +162,11 @@ def library() -> Library | None:
             stacklevel=2,
         )
         return None
+
+
+def loaded() -> Library | None:
+    """The kernels if `library` has made them in this process already, without making them now."""
+    return library() if library.cache_info().currsize else None
 
 
 def _floats(x: Tensor) -> Tensor:
