@@ -58,7 +58,7 @@ def serve(cache, layer, experts, **options):
 @pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per layer"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_decisions_are_those_of_the_simulator(name, per_layer):
-    ids, score = sticky(200), policy(name)
+    ids, score = sticky(120), policy(name)
     near = np.argsort(-scores_of(ids), axis=2)[..., : 2 * WIDTH]
     amounts = np.take_along_axis(scores_of(ids), near, axis=2)
     profile = np.stack([np.bincount(ids[:, n].ravel(), minlength=EXPERTS) for n in range(LAYERS)])

@@ -96,10 +96,12 @@ class ScoreState:
         if score.profile and profile is None:
             raise UserError("a static hot set needs a profile: counts by layer and expert")
         self.score = score
-        self.keys = np.zeros((num_streams, num_experts + 1))
+        # An expert without a use, prefetched say, is below all others.
+        never = NEVER if score.half_life else 0.0
+        self.keys = np.full((num_streams, num_experts + 1), never)
         if score.profile and profile is not None:
             self.keys[:, :num_experts] = profile
-        self._mass = np.full(self.keys.shape, NEVER if score.half_life else 0.0)
+        self._mass = np.full(self.keys.shape, never)
         self._rows = np.arange(num_streams)[:, None]
         self._clock = 0
         self._decay = math.log(2) / score.half_life if score.half_life else 0.0
@@ -253,10 +255,10 @@ register_preset(
     CacheScore,
     "auto",
     kind="policy",
-    title="The default: least frequently used, uses halving in worth every 64 tokens",
+    title="The default: frequency, halving every 32 tokens, over layers until the next turn",
     needs=("trace",),
     lossless=True,
-    settings={"frequency": True, "half_life": 64.0},
+    settings={"frequency": True, "half_life": 32.0, "distance": True},
 )
 register_preset(
     CacheScore,
