@@ -108,3 +108,13 @@ def test_interrupt_ends_at_once(packed):
     _, err = process.communicate(timeout=60)
     assert process.returncode in (0, 130), err  # 0: it had already ended
     assert "Traceback" not in err
+
+
+def test_other_verbs_read_a_packed_model(moekit, tiny, packed, tmp_path):
+    stored = moekit("inspect", packed, "--json").json["checkpoint"]
+    assert stored["layout"] == "packed, fp32"
+    assert "packed, fp32 layout" in moekit("inspect", packed).out
+    text = tmp_path / "text.txt"
+    text.write_text("der Router wählt zwei Experten. " * 4)
+    scores = [moekit("eval", model, text, "--json").json for model in (tiny, packed)]
+    assert scores[0]["per_domain"] == scores[1]["per_domain"]

@@ -167,13 +167,22 @@ def set_up(seed: int, threads: int | None = None) -> None:
 
 
 def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> LoadedModel:
-    """Seed, set threads, and load a model that has a tokenizer; UserError if it has none."""
-    from moekit.core.load import load, resolve_model
+    """Seed, set threads, and load a model that has a tokenizer; UserError if it has none.
+
+    A packed one is decoded.
+    """
+    from moekit.core.load import PACKED_FILE, load, resolve_model
 
     # Before the heavy imports, so that a wrong path is reported at once.
-    resolve_model(source)
+    found = resolve_model(source)
     set_up(seed, threads)
-    loaded = load(source, None if dtype is Dtype.auto else dtype.value)
+    name = None if dtype is Dtype.auto else dtype.value
+    if isinstance(found, Path) and (found / PACKED_FILE).is_file():
+        from moekit.runtime.unpack import load_packed
+
+        loaded = load_packed(found, name)
+    else:
+        loaded = load(source, name)
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so it cannot read text")
     return loaded

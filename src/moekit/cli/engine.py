@@ -62,4 +62,6 @@ def engine_options(*, runner: RunnerName, **given: Any) -> dict[str, Any]:
 
 def needs_engine(model: str, options: dict[str, Any]) -> bool:
     """Whether an option of the engine was given, or the model is packed."""
-    return bool(options) or (Path(model).expanduser() / "packed.json").is_file()
+    from moekit.core.load import PACKED_FILE
+
+    return bool(options) or (Path(model).expanduser() / PACKED_FILE).is_file()

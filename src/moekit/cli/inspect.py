@@ -78,9 +78,12 @@ def _without_collection() -> Iterator[None]:
 def _stored(config: Path) -> dict[str, Any] | None:
     """What lies beside the config, or None where a config is all there is."""
     from moekit.core.checkpoint import Checkpoint
+    from moekit.core.load import PACKED_FILE
 
     if config.is_file() or not any(config.glob("*.safetensors*")):
         return None
+    if (config / PACKED_FILE).is_file():
+        return _packed(config)
     with Checkpoint(config) as checkpoint:
         per_expert = any(EXPERT_NUMBER.search(name) for name in checkpoint.names())
         return {
@@ -88,6 +91,23 @@ def _stored(config: Path) -> dict[str, Any] | None:
             "tensors": len(checkpoint),
             "bytes": checkpoint.nbytes,
             "layout": "per-expert" if per_expert else "fused",
+        }
+
+
+def _packed(directory: Path) -> dict[str, Any]:
+    from moekit.runtime.store import ExpertStore
+
+    with ExpertStore.open(directory) as store:
+        files = (*store.header.resident_files, *store.header.expert_files)
+        codecs = sorted({choice.name for layer in store.layers for choice in layer.codecs})
+        records = sum(
+            layer.num_planes(e) for layer in store.layers for e in range(layer.num_experts)
+        )
+        return {
+            "shards": len(files),
+            "tensors": len(store.header.resident) + records,
+            "bytes": sum((directory / name).stat().st_size for name in files),
+            "layout": f"packed, {', '.join(codecs)}",
         }
 
 

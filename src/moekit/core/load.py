@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moekit.core.spec import MoESpec
 
 BABEL = "babel"
+PACKED_FILE = "packed.json"
 BABEL_PATH = Path(__file__).parents[1] / BABEL
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -50,6 +51,11 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
     config = read_config(find_config(source))
     spec = MoESpec.from_config(config)
     directory = find_model(source)
+    if (directory / PACKED_FILE).is_file():
+        raise UserError(
+            f"{directory} is packed: `moekit.open_engine` and `moekit run` run it, "
+            "`moekit.runtime.unpack.load_packed` decodes it"
+        )
     Checkpoint(directory).close()
     model = _load_weights(architecture_of(config), directory, dtype, options)
     return LoadedModel(model, load_tokenizer(directory), spec)

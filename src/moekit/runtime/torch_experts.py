@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.find import MoESite
 from moekit.core.layer import MoELayer
-from moekit.core.packed import PackedLayer, read_parts
+from moekit.core.packed import ExpertParts, PackedLayer, read_parts
 from moekit.runtime.resident import expert_parameters
 
 
@@ -57,10 +57,7 @@ class TorchExperts:
             size = self._packed.record(expert, plane).size
             pieces.append(record[start : start + size])
             start += size
-        parts = read_parts(self._packed, expert, pieces)
-        decoded = {name: parts.codec.decode(matrix) for name, matrix in parts.matrices.items()}
-        weights: dict[str, Any] = {"gate": None, "up": None, **decoded, **parts.vectors}
-        self._layer.set_expert(0, ExpertWeights(**weights))
+        self._layer.set_expert(0, decoded(read_parts(self._packed, expert, pieces)))
 
     def run(self, expert: int, hidden: Tensor, weights: Tensor) -> Tensor:
         """The weighted output of the expert in the bank, or of one that has no weights."""
@@ -91,6 +88,13 @@ class TorchCall:
     def result(self) -> Tensor:
         """The sum over the choices, [T, D]."""
         return self._parts.sum(dim=1).to(self._hidden.dtype)
+
+
+def decoded(parts: ExpertParts) -> ExpertWeights:
+    """The matrices of an expert in float32, and its biases as stored."""
+    matrices = {name: parts.codec.decode(matrix) for name, matrix in parts.matrices.items()}
+    weights: dict[str, Any] = {"gate": None, "up": None, **matrices, **parts.vectors}
+    return ExpertWeights(**weights)
 
 
 def _shadow(module: nn.Module) -> nn.Module:
