@@ -346,6 +346,21 @@ def test_demands_go_before_hints_and_new_hints_replace_old_ones():
         other.release()
 
 
+def test_hints_that_wait_come_after_the_next_claim():
+    store = FakeStore.even(2, 8)
+    with ExpertCache(store, 3 * PAGE, readers=1) as cache:
+        serve(cache, 0, [0, 1, 2])
+        before = len(store.reads)
+        cache.hint(1, [3], wait=True)
+        # Room for the hint would have cost one of these.
+        with cache.begin(0, [0, 1, 2]) as claim:
+            assert claim.ready == [0, 1, 2]
+            cache.hint(1, [4], wait=True)
+        serve(cache, 0, [0, 5])
+        settle(cache)
+        assert store.reads[before:] == [(0, 5), (1, 4)]
+
+
 def test_a_prefetch_that_fails_hurts_nobody():
     store = FakeStore.even(2, 8)
     store.broken = {(1, 2)}

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -95,6 +94,7 @@ class ExpertCache:
         self._loads: dict[int, Load] = {}
         # By layer, what is hinted and not read yet, likeliest last.
         self._hints: dict[int, list[int]] = {}
+        self._hints_wait = False
         self._guarding: set[int] = set()
         self._unused: set[int] = set()
         self._layer = 0
@@ -132,13 +132,19 @@ class ExpertCache:
             self._layer = layer
             if layer in self._guarding:
                 self._forget_hint(layer)
-            return self._claim(layer, numbers, held, "demand")
+            claim = self._claim(layer, numbers, held, "demand")
+            if self._hints_wait:
+                self._hints_wait = False
+                self._readers.wake()
+            return claim
 
-    def hint(self, layer: int, experts: Sequence[int]) -> None:
+    def hint(self, layer: int, experts: Sequence[int], *, wait: bool = False) -> None:
         """These experts, likeliest first, will probably be used by `layer`'s next step.
 
         Those in memory are evicted last, the others are read when no demand waits; nothing that is
-        claimed or hinted makes room for them. Takes the place of the layer's hint before.
+        claimed or hinted makes room for them. Takes the place of the layer's hint before. With
+        `wait` no hint is read before the next `begin`, whose experts are known already but not
+        claimed, has asked for what it needs.
         """
         first = layer * self._experts
         with self._lock:
@@ -148,6 +154,7 @@ class ExpertCache:
             numbers = [expert + first for expert in experts]
             self._residency.guarded[numbers] = True
             self._guarding.add(layer)
+            self._hints_wait = self._hints_wait or wait
             missing = [n for n in numbers if not self._flat[n] and n not in self._loads]
             if missing:
                 self._hints[layer] = missing[::-1]
@@ -189,12 +196,7 @@ class ExpertCache:
     def __enter__(self) -> ExpertCache:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _check_open(self) -> None:
@@ -289,6 +291,8 @@ class ExpertCache:
         return slot
 
     def _next_prefetch(self) -> Load | None:
+        if self._hints_wait:
+            return None
         for layer in sorted(self._hints, key=lambda layer: (layer - self._layer) % len(self.table)):
             missing = self._hints[layer]
             while missing and (self._flat[missing[-1]] or missing[-1] in self._loads):

@@ -42,7 +42,8 @@ class Prefetching:
             *hints,
             *self.prefetcher.observe(layer, ids, hidden if reads else None, table),
         ):
-            self._cache.hint(hint.layer, hint.ids)
+            # This layer's own experts are asked for next, and come first.
+            self._cache.hint(hint.layer, hint.ids, wait=True)
 
     def _time_layer(self, layer: int) -> None:
         """Keep up the time from layer to layer in which nothing was waited for."""
