@@ -259,7 +259,7 @@ class ExpertCache:
         if not claim._later:
             return
         layer = claim._later[0] // self._experts
-        victims = self._residency.victims(layer, layer)
+        victims = self._residency.victims(layer)
         while claim._later:
             number = claim._later[0]
             if self._flat[number] or number in self._loads:

@@ -114,14 +114,15 @@ class Residency:
         pool.scores.keys[0, own[0]] = served[0]
         self._time[layer] += tokens
 
-    def victims(self, layer: int, now: int, *, guarded: bool = True) -> Iterator[int]:
-        """Experts to evict from the pool of `layer` while layer `now` is served, lowest score
-        first.
+    def victims(self, layer: int, now: int | None = None, *, guarded: bool = True) -> Iterator[int]:
+        """Experts to evict from the pool of `layer` while layer `now` is served (None: the same),
+        lowest score first.
 
         Guarded ones come after all others, and only where `guarded`.
         """
         pool = self._pool_of[layer]
         part = slice(pool.first, pool.last)
+        now = layer if now is None else now
         place = now - pool.layers.start if now in pool.layers else 0
         scores = pool.scores.present(place)[0, :-1]
         free = self._inside[part] & (self.pins[part] == 0)
