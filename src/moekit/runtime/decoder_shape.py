@@ -1,13 +1,15 @@
 """Which models the native decoder runs, and what their layers are made of.
 
-The modules of transformers are read for names and sizes; what they do not say is one row a family.
+The modules of transformers are read for names and sizes; what they do not say is one row a family
+in `decoder_families`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +21,11 @@ from moekit.core.layer_spec import LayerSpec, describe_layer
 from moekit.core.routing_rule import correction_bias, router_matrix
 from moekit.ops.native import ACTIVATIONS
 from moekit.ops.native.decoder import MAX_EXPERTS, MAX_GROUPS, MAX_HEAD_DIM, SCORES
+from moekit.runtime.decoder_families import FAMILIES, Family
 
 # Kinds of rotary position whose angles depend on nothing but the position.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
 _LANES = 16
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a family differs from the common decoder layer.
-
-    `window` says where a sliding window comes from: none, the config's for all layers, or the
-    config's for the layers of type "sliding_attention". `norms` are the names of the norms before
-    and after attention and before and after the MLP. `in_pairs` rotates neighbours instead of
-    halves. `*_scale` and `clip` are the names of numbers in the config.
-    """
-
-    window: Literal["none", "config", "layers"] = "none"
-    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
-    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
-    in_pairs: bool = False
-    norm_after_rotation: bool = False
-    rotates_only_windows: bool = False
-    clip: str = ""
-    embedding_scale: str = ""
-    residual_scale: str = ""
-    logit_divisor: str = ""
-    smallest_sum: str = ""
-    activation: str = ""
-
-
-POST_NORMS = ("", "post_attention_layernorm", "", "post_feedforward_layernorm")
-FAMILIES: dict[str, Family] = {
-    "dots1": Family(window="layers"),
-    "ernie4_5_moe": Family(in_pairs=True, smallest_sum="moe_norm_min"),
-    "exaone_moe": Family(window="layers", rotates_only_windows=True),
-    "flex_olmo": Family(norms=POST_NORMS),
-    "glm4_moe": Family(),
-    "gpt_oss": Family(window="layers", activation="clamped_swiglu"),
-    "granitemoe": Family(
-        embedding_scale="embedding_multiplier",
-        residual_scale="residual_multiplier",
-        logit_divisor="logits_scaling",
-    ),
-    "hunyuan_v1_moe": Family(
-        qk_norms=("query_layernorm", "key_layernorm"), norm_after_rotation=True
-    ),
-    "mellum": Family(window="layers"),
-    "minimax_m2": Family(),
-    "mixtral": Family(window="config"),
-    "olmoe": Family(clip="clip_qkv"),
-    "qwen2_moe": Family(window="layers"),
-    "qwen3_moe": Family(window="config"),
-    "solar_open": Family(),
-}
 
 
 class NotSupportedError(ValueError):
@@ -94,7 +47,8 @@ class RouterShape:
 class LayerShape:
     """A decoder layer: names of its tensors and modules, None for what it has not.
 
-    `projections` are the modules "q", "k", "v" and "o" of attention. `moe` counts MoE layers. `mlp`
+    `projections` are the modules "q", "k", "v" and "o" of attention; with latents "q" and "k" are
+    applied to those of "q_a" and "kv_a". `moe` counts MoE layers. `mlp`
     are the gate, up and down projection of a dense layer, or of the shared experts, whose output
     `shared_gate` weighs.
     """
@@ -103,6 +57,8 @@ class LayerShape:
     projections: Mapping[str, str]
     q_norm: str | None
     k_norm: str | None
+    q_a_norm: str | None
+    kv_a_norm: str | None
     sinks: str | None
     window: int
     kind: str | None
@@ -111,6 +67,19 @@ class LayerShape:
     router: RouterShape | None
     mlp: tuple[str, str, str] | None
     shared_gate: str | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of attention; a latent of 0 is none."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    q_latent: int
+    kv_latent: int
+    latent_eps: float
 
 
 @dataclass(frozen=True)
@@ -127,6 +96,11 @@ class DecoderShape:
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
+    q_latent: int
+    kv_latent: int
+    latent_eps: float
+    in_pairs: bool
     norm_is_wide: bool
     eps: float
     attention_scale: float
@@ -152,7 +126,11 @@ class DecoderShape:
         made: dict[str | None, tuple[Tensor, Tensor]] = {}
         where = torch.arange(positions)[None]
         for kind in {layer.kind for layer in self.layers}:
-            cos, sin = module(torch.zeros(1), where, *([] if kind is None else [kind]))
+            turns = module(torch.zeros(1), where, *([] if kind is None else [kind]))
+            if isinstance(turns, Tensor):
+                made[kind] = turns[0].real.contiguous(), turns[0].imag.contiguous()
+                continue
+            cos, sin = turns
             half = cos.shape[-1] if self.config.model_type == "gpt_oss" else cos.shape[-1] // 2
             made[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return made
@@ -189,15 +167,17 @@ class _Reader:
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model)}
 
     def read(self) -> DecoderShape:
-        attention = self.base.layers[0].self_attn
-        width = self.config.hidden_size
-        dim, heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
-        kv_heads = attention.k_proj.out_features // dim
+        attention, width = self.base.layers[0].self_attn, self.config.hidden_size
+        heads = self._heads(attention)
+        dim, value_dim = heads.head_dim, heads.value_dim
         q_norm = getattr(attention, self.family.qk_norms[0], None)
         activation, alpha, limit = self._activation()
+        pairs = self.family.in_pairs
         self._check(width % _LANES == 0, f"a width of {width} is no multiple of {_LANES}")
-        self._check(dim <= MAX_HEAD_DIM, f"heads of {dim} are wider than {MAX_HEAD_DIM}")
-        self._check(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} key heads")
+        widest = max(dim, value_dim)
+        self._check(widest <= MAX_HEAD_DIM, f"heads of {widest} are wider than {MAX_HEAD_DIM}")
+        shared = heads.heads % heads.kv_heads == 0
+        self._check(shared, f"{heads.heads} heads do not share {heads.kv_heads} key heads")
         parts = [self.config.rope_parameters]
         if "rope_type" not in parts[0]:
             parts = list(parts[0].values())
@@ -209,9 +189,8 @@ class _Reader:
             config=self.config,
             width=width,
             vocab=self.head.out_features,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=dim,
+            **dataclasses.asdict(heads),
+            in_pairs=pairs if isinstance(pairs, bool) else bool(getattr(self.config, pairs)),
             norm_is_wide=q_norm is not None and q_norm.weight.numel() != dim,
             eps=self.base.norm.variance_epsilon,
             attention_scale=float(attention.scaling),
@@ -227,6 +206,23 @@ class _Reader:
             rotary=type(self.base.rotary_emb),
         )
 
+    def _heads(self, attention: Any) -> Heads:
+        if not hasattr(attention, "kv_a_proj_with_mqa"):
+            dim = attention.head_dim
+            heads, kv_heads = (
+                getattr(attention, name).out_features // dim for name in ("q_proj", "k_proj")
+            )
+            return Heads(heads, kv_heads, dim, dim, 0, 0, 0.0)
+        return Heads(
+            attention.num_heads,
+            attention.num_heads,
+            attention.qk_head_dim,
+            attention.v_head_dim,
+            attention.q_lora_rank or 0,
+            attention.kv_lora_rank,
+            attention.kv_a_layernorm.variance_epsilon,
+        )
+
     def _layer(self, index: int, layer: Any) -> LayerShape:
         attention, site = layer.self_attn, self.sites.get(index)
         kinds: Any = getattr(self.config, "layer_types", None)
@@ -236,16 +232,23 @@ class _Reader:
         window = (self.config.sliding_window if slides else None) or 0
         every = not self.family.rotates_only_windows or self.config.sliding_window is None
         mlp, shared_gate = self._mlp(layer, site)
-        found = (getattr(attention, name, None) for name in self.family.qk_norms)
-        q_norm, k_norm = (None if norm is None else self._name(norm.weight) for norm in found)
+        names = (*self.family.qk_norms, "q_a_layernorm", "kv_a_layernorm")
+        found = (getattr(attention, name, None) for name in names)
+        norms = [None if norm is None else self._name(norm.weight) for norm in found]
         return LayerShape(
             norms=tuple(
                 self._name(getattr(layer, norm).weight) if norm else None
                 for norm in self.family.norms
             ),
-            projections={p: self.modules[id(getattr(attention, f"{p}_proj"))] for p in "qkvo"},
-            q_norm=q_norm,
-            k_norm=k_norm,
+            projections={
+                part: self.modules[id(module)]
+                for part, module in _projections(attention).items()
+                if module is not None
+            },
+            q_norm=norms[0],
+            k_norm=norms[1],
+            q_a_norm=norms[2],
+            kv_a_norm=norms[3],
             sinks=self._name(attention.sinks) if hasattr(attention, "sinks") else None,
             window=window,
             kind=kinds[index] if self._rotary_takes_kind() else None,
@@ -322,6 +325,20 @@ class _Reader:
     def _check(holds: bool, otherwise: str) -> None:
         if not holds:
             raise NotSupportedError(otherwise)
+
+
+def _projections(attention: Any) -> dict[str, nn.Module | None]:
+    """The matrices of attention by the names that the decoder has for them."""
+    if not hasattr(attention, "kv_a_proj_with_mqa"):
+        return {part: getattr(attention, f"{part}_proj") for part in "qkvo"}
+    whole = attention.q_a_proj is None
+    return {
+        "q": attention.q_proj if whole else attention.q_b_proj,
+        "q_a": attention.q_a_proj,
+        "kv_a": attention.kv_a_proj_with_mqa,
+        "k": attention.kv_b_proj,
+        "o": attention.o_proj,
+    }
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

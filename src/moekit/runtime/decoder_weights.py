@@ -85,7 +85,7 @@ class DecoderWeights:
         pairs = rows * (1 + max((spec.top_k for spec in layers), default=0))
         dense = [shape.tensors[f"{x.mlp[0]}.weight"][0] for x in shape.layers if x.mlp is not None]
         numbers = pairs * (2 * wide + shape.width) + rows * 2 * max(dense, default=0)
-        return 4 * (numbers + rows * shape.heads * shape.head_dim)
+        return 4 * (numbers + rows * shape.heads * shape.value_dim)
 
     def _read(self, store: ExpertStore) -> None:
         roles = dict(self._roles)
@@ -147,7 +147,7 @@ class DecoderWeights:
 
     def _model(self, kv_bf16: bool, max_rows: int) -> Model:
         shape, family = self.shape, self.shape.family
-        half = shape.angles(1)[shape.layers[0].kind][0].shape[-1]
+        half = next(iter(shape.angles(1).values()))[0].shape[-1]
         embedding = self._tensors[shape.embedding]
         return Model(
             width=shape.width,
@@ -156,8 +156,12 @@ class DecoderWeights:
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
+            value_dim=shape.value_dim,
+            q_latent=shape.q_latent,
+            kv_latent=shape.kv_latent,
+            latent_eps=shape.latent_eps,
             rotary_half=half,
-            rotary_in_pairs=family.in_pairs,
+            rotary_in_pairs=shape.in_pairs,
             norm_is_wide=shape.norm_is_wide,
             norm_after_rotation=family.norm_after_rotation,
             kv_is_bf16=kv_bf16,
@@ -182,6 +186,8 @@ class DecoderWeights:
             **{part: self._projection(path) for part, path in layer.projections.items()},
             q_norm=self._vector(layer.q_norm),
             k_norm=self._vector(layer.k_norm),
+            q_a_norm=self._vector(layer.q_a_norm),
+            kv_a_norm=self._vector(layer.kv_a_norm),
             sinks=self._vector(layer.sinks),
             window=layer.window,
             moe=-1 if layer.moe is None else layer.moe,
@@ -299,8 +305,8 @@ def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
     add(shape.head, MATRIX)
     add(shape.head_bias, VECTOR)
     for layer in shape.layers:
-        vectors = (*layer.norms, layer.q_norm, layer.k_norm, layer.sinks, layer.shared_gate)
-        for name in vectors:
+        heads = (layer.q_norm, layer.k_norm, layer.q_a_norm, layer.kv_a_norm, layer.sinks)
+        for name in (*layer.norms, *heads, layer.shared_gate):
             add(name, VECTOR)
         for path in (*layer.projections.values(), *(layer.mlp or ())):
             linear(path)

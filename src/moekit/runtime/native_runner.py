@@ -128,6 +128,7 @@ class NativeRunner:
             len(self.shape.layers),
             self.shape.kv_heads,
             self.shape.head_dim,
+            self.shape.value_dim,
             kv_dtype == torch.bfloat16,
         )
         self.max_rows = max_rows

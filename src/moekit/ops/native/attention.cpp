@@ -15,7 +15,7 @@ constexpr int TILE = 4;          // queries whose scores are computed together
 constexpr int MAX_QUERIES = 16;  // queries that share a pass over the keys
 constexpr float NOTHING = -1e30f;  // below every score, yet finite: differences stay numbers
 
-int64_t value_stride(const KvShape& shape) { return (shape.head_dim + LANES - 1) / LANES * LANES; }
+int64_t value_stride(const KvShape& shape) { return (shape.value_dim + LANES - 1) / LANES * LANES; }
 
 template <class Element>
 struct Head {
@@ -40,10 +40,8 @@ void append(const KvShape& shape, int layer, const Row& row, const float* keys,
         Head<Element> head(shape, row, layer, h);
         Element* key = head.keys + position / LANES * LANES * dim + position % LANES;
         Element* value = head.values + position * value_stride(shape);
-        for (int i = 0; i < dim; i++) {
-            set(key + i * LANES, keys[h * dim + i]);
-            set(value + i, values[h * dim + i]);
-        }
+        for (int i = 0; i < dim; i++) set(key + i * LANES, keys[h * dim + i]);
+        for (int i = 0; i < shape.value_dim; i++) set(value + i, values[h * shape.value_dim + i]);
     }
 }
 
@@ -150,7 +148,7 @@ INLINE void attend_queries(const Attention& how, const Head<Element>& head, cons
                            int count) {
     alignas(64) float out[MAX_QUERIES][MAX_HEAD_DIM];
     Softmax softmax;
-    int dim = how.kv.head_dim, stride = (int)value_stride(how.kv), last = 0, first = INT32_MAX;
+    int dim = how.kv.value_dim, stride = (int)value_stride(how.kv), last = 0, first = INT32_MAX;
     for (int n = 0; n < count; n++) {
         std::fill(out[n], out[n] + stride, 0.0f);
         softmax.highest[n] = how.sinks ? how.sinks[queries[n].head] : NOTHING;
@@ -201,7 +199,8 @@ void attend_piece(const Work& work, const Piece& piece) {
             int position = work.rows[r].position;
             int first = how.window ? std::max(0, position - how.window + 1) : 0;
             queries[count++] = {work.queries + r * work.stride + (int64_t)h * dim,
-                                work.out + ((int64_t)r * how.heads + h) * dim, position, first, h};
+                                work.out + ((int64_t)r * how.heads + h) * how.kv.value_dim,
+                                position, first, h};
         }
     auto attend = how.kv.is_bf16 ? attend_bf16 : attend_float;
     attend(how, work.rows[piece.first], work.layer, piece.kv_head, queries, count);

@@ -16,9 +16,9 @@ constexpr int MAX_HEAD_DIM = 256;
 
 // A sequence's memory is, for each layer and key head, the keys and then the values. Keys lie in
 // blocks of 16 positions, [capacity / 16, head_dim, 16], so that a vector holds one coordinate of
-// 16 keys and scores need no sums across lanes; values are [capacity, head_dim rounded up to 16].
+// 16 keys and scores need no sums across lanes; values are [capacity, value_dim rounded up to 16].
 struct KvShape {
-    int32_t layers, kv_heads, head_dim, is_bf16;
+    int32_t layers, kv_heads, head_dim, value_dim, is_bf16;
 };
 
 struct Attention {
@@ -31,11 +31,11 @@ struct Attention {
 // Bytes that `capacity` positions of a sequence take.
 int64_t kv_bytes(const KvShape& shape, int64_t capacity);
 
-// Stores keys and values, each [kv_heads * head_dim], of one row and layer.
+// Stores keys [kv_heads * head_dim] and values [kv_heads * value_dim] of one row and layer.
 void kv_append(const KvShape& shape, int layer, const Row& row, const float* keys,
                const float* values);
 
-// out [T, heads * head_dim] of queries [T, heads * head_dim] with rows `stride` apart. A row sees
+// out [T, heads * value_dim] of queries [T, heads * head_dim] with rows `stride` apart. A row sees
 // what `kv_append` has stored of its sequence up to its own position. The result for a row does not
 // depend on the other rows or on the number of threads.
 void attention(Pool* pool, const Attention& how, int layer, const Row* rows, int T,

@@ -1,156 +1,13 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <vector>
 
+#include "decoder_state.h"
 #include "floats.h"
-#include "norm.h"
-#include "pool.h"
 
 using namespace moekit;
-
-namespace {
-
-enum Stage { EMBED, PROJECT, ATTEND, OUTPUT, ROUTE, EXPERTS, COMBINE, LOGITS, STAGES };
-
-// Adds the time until it goes out of scope.
-class Clock {
-public:
-    explicit Clock(double& seconds) : seconds_(seconds) {}
-    ~Clock() {
-        auto spent = std::chrono::steady_clock::now() - start_;
-        seconds_ += std::chrono::duration<double>(spent).count();
-    }
-
-private:
-    double& seconds_;
-    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-// Where everything lies in the one block of memory that a decoder holds.
-struct Layout {
-    int64_t x, normed, projected, attended, logits, ids, weights, all_weights, pair_of, token_of,
-        outputs, size = 0;
-    int32_t top_k = 0, experts = 0;
-
-    explicit Layout(const DecoderModel& m) {
-        bool shared = false;
-        for (int l = 0; l < m.layers; l++) {
-            top_k = std::max(top_k, m.layer[l].moe < 0 ? 0 : m.layer[l].router.rule.top_k);
-            experts = std::max(experts, m.layer[l].moe < 0 ? 0 : m.layer[l].router.rule.experts);
-            shared |= m.layer[l].shared_format != nullptr;
-        }
-        int64_t T = m.max_rows, pairs = T * (top_k + shared);
-        x = place(T * m.width);
-        normed = place(T * m.width);
-        projected = place(T * (m.heads + 2 * m.kv_heads) * m.head_dim);
-        attended = place(T * m.heads * m.head_dim);
-        logits = place(T * experts);
-        ids = place(T * top_k);
-        weights = place(T * top_k);
-        all_weights = place(pairs);
-        pair_of = place(pairs);
-        token_of = place(pairs);
-        outputs = place(std::max<int64_t>(pairs, T) * m.width);
-    }
-
-private:
-    int64_t place(int64_t numbers) {
-        int64_t at = size;
-        size += (numbers * 4 + 63) / 64 * 64;
-        return at;
-    }
-};
-
-}  // namespace
-
-struct Decoder {
-    DecoderModel model;
-    std::vector<DecoderLayer> layers;
-    Layout at;
-    Pool* pool;
-    Buffer memory;
-    KvShape kv;
-    double seconds[STAGES] = {};
-
-    std::vector<Row> rows;
-    std::vector<int32_t> first_pair;  // [experts + 1] of the layer at hand
-    std::vector<FfnJob> jobs;
-    int32_t K = 0;  // outputs a row has in the layer at hand, shared included
-    bool shared_is_due = false;
-
-    float *x, *normed, *projected, *attended, *logits, *weights, *all_weights, *outputs;
-    int32_t *ids, *pair_of, *token_of;
-
-    Decoder(const DecoderModel& m, Pool* p)
-        : model(m), layers(m.layer, m.layer + m.layers), at(m), pool(p), kv(decoder_kv(&m)) {
-        model.layer = layers.data();
-        char* base = static_cast<char*>(memory.take(at.size));
-        auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
-        auto ints = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
-        x = floats(at.x), normed = floats(at.normed), projected = floats(at.projected);
-        attended = floats(at.attended), logits = floats(at.logits), weights = floats(at.weights);
-        all_weights = floats(at.all_weights), outputs = floats(at.outputs);
-        ids = ints(at.ids), pair_of = ints(at.pair_of), token_of = ints(at.token_of);
-        rows.reserve(m.max_rows);
-        first_pair.resize(at.experts + 1);
-        jobs.reserve(at.experts + 1);
-    }
-
-    int32_t T() const { return static_cast<int32_t>(rows.size()); }
-
-    // Work on single rows: by all threads where there are enough of them to pay for waking those.
-    template <class Work>
-    void each_row(Work&& work) {
-        constexpr int FEW = 4;
-        int32_t count = T();
-        if (count <= FEW) {
-            for (int32_t t = 0; t < count; t++) work(t);
-            return;
-        }
-        Items items;
-        items.count = count;
-        auto on_thread = [&](int32_t) {
-            for (int t; items.take(t);) work(t);
-        };
-        run(pool, on_thread);
-    }
-
-    void normalise(const float* weight) {
-        int32_t D = model.width;
-        each_row([&](int64_t t) {
-            if (weight)
-                rms_norm(x + t * D, weight, model.eps, D, normed + t * D);
-            else
-                std::copy_n(x + t * D, D, normed + t * D);
-        });
-    }
-
-    // x += what a half layer made, after a norm where the family has one there.
-    void add(const float* made, const float* norm, const float* bias) {
-        int32_t D = model.width;
-        each_row([&](int64_t t) {
-            float* values = const_cast<float*>(made) + t * D;
-            if (bias)
-                for (int i = 0; i < D; i++) values[i] += bias[i];
-            if (norm) rms_norm(values, norm, model.eps, D, values);
-            for (int i = 0; i < D; i++) x[t * D + i] += values[i] * model.residual_scale;
-        });
-    }
-
-    void begin(const Row* given, int32_t count);
-    void project(const DecoderLayer& layer, int index);
-    void prepare(const DecoderLayer& layer, int index, int64_t t);
-    void attend(int index);
-    void route(const DecoderLayer& layer);
-    void dense(const DecoderLayer& layer);
-    void experts(int index, const int32_t* which, const uint64_t* addresses, int32_t count);
-    void experts_in_memory(int index, const uint64_t* addresses);
-    void combine_pairs(int index);
-    void finish(const int32_t* which, int32_t count, float* out);
-};
 
 void Decoder::begin(const Row* given, int32_t count) {
     Clock clock(seconds[EMBED]);
@@ -169,64 +26,13 @@ void Decoder::begin(const Row* given, int32_t count) {
     });
 }
 
-void Decoder::project(const DecoderLayer& layer, int index) {
-    Clock clock(seconds[PROJECT]);
-    normalise(layer.before_attention);
-    int64_t q = (int64_t)model.heads * model.head_dim, k = (int64_t)model.kv_heads * model.head_dim;
-    int64_t stride = q + 2 * k;
-    MatmulJob jobs[] = {{layer.q.format, layer.q.data, projected, stride},
-                        {layer.k.format, layer.k.data, projected + q, stride},
-                        {layer.v.format, layer.v.data, projected + q + k, stride}};
-    matmuls(pool, jobs, 3, normed, model.width, T());
-    each_row([&](int64_t t) { prepare(layer, index, t); });
-}
-
-// Bias, clipping, norms and rotation of one row, and its keys and values into the cache.
-void Decoder::prepare(const DecoderLayer& layer, int index, int64_t t) {
-    int32_t dim = model.head_dim, q = model.heads * dim, k = model.kv_heads * dim;
-    float *queries = projected + t * (q + 2 * k), *keys = queries + q, *values = keys + k;
-    const Row& row = rows[t];
-    auto add_bias = [](float* to, const float* bias, int n) {
-        if (bias)
-            for (int i = 0; i < n; i++) to[i] += bias[i];
-    };
-    auto norm = [&](float* to, const float* weight, int n) {
-        int step = model.norm_is_wide ? n : dim;
-        if (weight)
-            for (int i = 0; i < n; i += step) rms_norm(to + i, weight, model.eps, step, to + i);
-    };
-    auto turn = [&](float* to, int n) {
-        if (!layer.cos) return;
-        int64_t angle = (int64_t)row.position * model.rotary_half;
-        for (int i = 0; i < n; i += dim)
-            rotate(to + i, layer.cos + angle, layer.sin + angle, model.rotary_half,
-                   model.rotary_in_pairs);
-    };
-    add_bias(queries, layer.q.bias, q);
-    add_bias(keys, layer.k.bias, k);
-    add_bias(values, layer.v.bias, k);
-    if (model.norm_after_rotation) {
-        turn(queries, q + k);
-        norm(queries, layer.q_norm, q), norm(keys, layer.k_norm, k);
-    } else {
-        norm(queries, layer.q_norm, q), norm(keys, layer.k_norm, k);
-        if (model.clip_qkv > 0)
-            for (int i = 0; i < q + 2 * k; i++)
-                queries[i] = std::clamp(queries[i], -model.clip_qkv, model.clip_qkv);
-        turn(queries, q + k);
-    }
-    kv_append(kv, index, row, keys, values);
-}
-
 void Decoder::attend(int index) {
     const DecoderLayer& layer = layers[index];
     project(layer, index);
-    int64_t q = (int64_t)model.heads * model.head_dim;
     {
         Clock clock(seconds[ATTEND]);
         Attention how{kv, model.heads, layer.window, model.attention_scale, layer.sinks};
-        int64_t stride = q + 2LL * model.kv_heads * model.head_dim;
-        attention(pool, how, index, rows.data(), T(), projected, stride, attended);
+        attention(pool, how, index, rows.data(), T(), projected, projected_width(model), attended);
     }
     {
         Clock clock(seconds[OUTPUT]);
@@ -343,7 +149,7 @@ void decoder_free(Decoder* decoder) { delete decoder; }
 int64_t decoder_scratch(const DecoderModel* model) { return Layout(*model).size; }
 
 KvShape decoder_kv(const DecoderModel* m) {
-    return {m->layers, m->kv_heads, m->head_dim, m->kv_is_bf16};
+    return {m->layers, m->kv_heads, m->head_dim, m->value_dim, m->kv_is_bf16};
 }
 
 void decoder_rotation(Decoder* d, int32_t layer, const float* cos, const float* sin) {

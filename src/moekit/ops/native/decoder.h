@@ -25,6 +25,10 @@ struct DecoderLayer {
     const float *before_attention, *after_attention;  // norms [D], null where there is none
     const float *before_mlp, *after_mlp;
     Linear q, k, v, o;
+    // Latent attention: q (if q_a is there) and k are applied to normalised latents of these, k
+    // gives keys without position and values of every head, and there is no v.
+    Linear q_a, kv_a;
+    const float *q_a_norm, *kv_a_norm;
     const float *q_norm, *k_norm;  // [head_dim], or as wide as the projection; null: none
     const float* sinks;            // [heads] or null
     const float *cos, *sin;        // [positions, rotary / 2]; null: no rotation
@@ -39,11 +43,13 @@ struct DecoderLayer {
 };
 
 struct DecoderModel {
-    int32_t width, vocab, layers, heads, kv_heads, head_dim, rotary_half, rotary_in_pairs;
+    int32_t width, vocab, layers, heads, kv_heads, head_dim, value_dim;
+    int32_t rotary_half, rotary_in_pairs;
+    int32_t q_latent, kv_latent;  // widths of latents; 0: none
     int32_t norm_is_wide;        // q and k are normalised over all heads at once
     int32_t norm_after_rotation;
-    int32_t kv_is_bf16, embedding_is_bf16, max_rows, pad;
-    float eps, attention_scale, embedding_scale, residual_scale, logit_scale, clip_qkv;
+    int32_t kv_is_bf16, embedding_is_bf16, max_rows;
+    float eps, latent_eps, attention_scale, embedding_scale, residual_scale, logit_scale, clip_qkv;
     const void* embedding;    // [vocab, D]
     const float* final_norm;  // [D]
     Linear head;

@@ -60,7 +60,8 @@ class Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("before_attention", "after_attention")),
         *((name, c_void_p) for name in ("before_mlp", "after_mlp")),
-        *((name, Linear) for name in ("q", "k", "v", "o")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "q_a", "kv_a")),
+        *((name, c_void_p) for name in ("q_a_norm", "kv_a_norm")),
         *((name, c_void_p) for name in ("q_norm", "k_norm", "sinks", "cos", "sin")),
         *((name, c_int32) for name in ("window", "moe")),
         ("router", Router),
@@ -75,10 +76,11 @@ class Model(Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("width", "vocab", "layers", "heads", "kv_heads")),
-        *((name, c_int32) for name in ("head_dim", "rotary_half", "rotary_in_pairs")),
+        *((name, c_int32) for name in ("head_dim", "value_dim", "rotary_half", "rotary_in_pairs")),
+        *((name, c_int32) for name in ("q_latent", "kv_latent")),
         *((name, c_int32) for name in ("norm_is_wide", "norm_after_rotation", "kv_is_bf16")),
-        *((name, c_int32) for name in ("embedding_is_bf16", "max_rows", "pad")),
-        *((name, c_float) for name in ("eps", "attention_scale", "embedding_scale")),
+        *((name, c_int32) for name in ("embedding_is_bf16", "max_rows")),
+        *((name, c_float) for name in ("eps", "latent_eps", "attention_scale", "embedding_scale")),
         *((name, c_float) for name in ("residual_scale", "logit_scale", "clip_qkv")),
         *((name, c_void_p) for name in ("embedding", "final_norm")),
         ("head", Linear),
@@ -89,12 +91,14 @@ class Model(Structure):
 class KvShape(Structure):
     """What a sequence keeps of each position."""
 
-    _fields_ = tuple((name, c_int32) for name in ("layers", "kv_heads", "head_dim", "is_bf16"))
+    _fields_ = tuple(
+        (name, c_int32) for name in ("layers", "kv_heads", "head_dim", "value_dim", "is_bf16")
+    )
 
     def nbytes(self, capacity: int) -> int:
         """Bytes of the memory of a sequence with room for `capacity` positions."""
         padded = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-        width = self.head_dim + -(-self.head_dim // 16) * 16
+        width = self.head_dim + -(-self.value_dim // 16) * 16
         return self.layers * self.kv_heads * padded * width * (2 if self.is_bf16 else 4)
 
 
