@@ -55,7 +55,7 @@ def test_chance_is_hit_as_often_as_it_should():
     [
         ([200], ["en"], "one domain .en."),
         ([100, 90, 5, 5], ["en", "en", "fr", "fr"], "'fr' has 10 tokens in 2 samples"),
-        ([100, 90, 10], ["en", "en", "fr"], "'fr' has 10 tokens in 1 samples"),
+        ([100, 90, 10], ["en", "en", "fr"], "'fr' has 10 tokens in 1 sample"),
     ],
 )
 def test_too_little_text_is_refused(lengths, domains, message):
@@ -74,6 +74,6 @@ def test_domains_with_too_little_text_are_left_out():
     assert result.detail["domains"] == ["code", "law"]
     assert result.rows[0] == specialisation(whole).rows[0]
     assert result.notes == [
-        "left out: domain 'few' has 30 tokens in 1 samples: too little to compare, which needs 200 "
-        "in 2 or more; record shorter sequences"
+        "left out: domain 'few' has 30 tokens in 1 sample: too little to compare, which needs 200 "
+        "in 2 or more; record more, or lower min_tokens"
     ]

@@ -208,6 +208,14 @@ def test_why_experts_fell_short(view):
     assert shortfalls(stats, 0) == []
 
 
+def test_short_text_is_the_reason_before_any_other(view):
+    """An expert that a few tokens never chose is not kept out by anything."""
+    stats = profile(view, [padded_batch(6)])
+    never = [s for s in shortfalls(stats, 100) if not s.tokens]
+    assert never
+    assert all(s.reason.startswith("never chosen; the text is short") for s in never)
+
+
 def test_a_likely_expert_kept_out_by_a_bias_is_told_apart():
     view = MoEView(build_tiny("deepseek_v3"))
     layer = view[0]

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -294,3 +295,31 @@ def test_without_plotly(monkeypatch, facts):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(UserError, match=r"moekit\[report\]"):
         render([facts])
+
+
+def test_a_silent_layer_keeps_the_numbers_of_the_others():
+    """What to prune is named by layer, also beyond a layer whose experts add nothing."""
+    gates = [np.zeros(4), np.array([3.0, 1.0, 4.0, 2.0])]
+    pruning = pruning_of(None, Result((), [], {}, {"gate_mass": gates}), None, 16)
+    assert [place[:2] for place in pruning.first(8) if place[2]] == [(1, 1), (1, 3), (1, 0), (1, 2)]
+    assert {place[0] for place in pruning.first(4)} == {0}
+    with pytest.raises(UserError, match="no expert added anything"):
+        pruning_of(None, Result((), [], {}, {"gate_mass": gates[:1]}), None, 16)
+
+
+def test_silent_experts_and_noisy_probes_are_said(facts):
+    silent = Result(
+        ("layer", "expert"), [], {"super_experts": 0, "largest_over_median": float("nan")}
+    )
+    noisy = {"three_phases": False, "noise": 22.0, "peak": 96.0}
+    entries = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    changed = replace(
+        facts,
+        results={"super-experts": silent, "training-phases": Result((), [], noisy)},
+        training=TrainingRun(entries),
+    )
+    found = {c.section: c for c in conclusions(changed)}
+    assert found["super"].headline == "Experts add nothing"
+    assert "too much from probe to probe to tell" in found["training"].detail
+    noisy["noise"] = 1.0
+    assert "does not show" in {c.section: c for c in conclusions(changed)}["training"].detail

@@ -192,10 +192,11 @@ def _lack(trace: RoutingTrace, name: str, min_tokens: int) -> str:
     tokens, samples = int(lengths[of_domain].sum()), int(of_domain.sum())
     if samples >= 2 and tokens >= min_tokens:
         return ""
-    way_out = "record shorter sequences" if samples < 2 else "record more, or lower min_tokens"
+    little = tokens < min_tokens
+    way_out = "record more, or lower min_tokens" if little else "record shorter sequences"
     return (
-        f"domain {name!r} has {tokens} tokens in {samples} samples: too little to compare, which "
-        f"needs {min_tokens} in 2 or more; {way_out}"
+        f"domain {name!r} has {tokens} tokens in {samples} sample{'s' * (samples != 1)}: too "
+        f"little to compare, which needs {min_tokens} in 2 or more; {way_out}"
     )
 
 

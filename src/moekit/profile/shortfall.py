@@ -54,16 +54,17 @@ def _reason(
     count: int, fair: float, min_tokens: int, total: int, probability: float | None, choices: int
 ) -> str:
     """One clause: the text is too short for any expert, or this one is rarely or never chosen."""
-    if count == 0:
-        if probability is None:
-            return f"never chosen in {total} tokens"
-        if probability >= 1 / choices:
-            # Likely and yet never chosen: something beside the logits decides.
-            return (
-                f"never chosen in {total} tokens though its mean probability {probability:.4f} is "
-                "above average: the router's bias or group limit keeps it out"
-            )
-        return f"never chosen in {total} tokens; its mean probability is {probability:.4f}"
     if fair < min_tokens:
-        return f"the text is short: an expert gets {fair:.0f} tokens on average"
-    return f"rarely chosen: {count / fair:.2f} of the average load"
+        never = "" if count else "never chosen; "
+        return f"{never}the text is short: an expert gets {fair:.0f} tokens on average"
+    if count:
+        return f"rarely chosen: {count / fair:.2f} of the average load"
+    if probability is None:
+        return f"never chosen in {total} tokens"
+    if probability >= 1 / choices:
+        # Likely and yet never chosen: something beside the logits decides.
+        return (
+            f"never chosen in {total} tokens though its mean probability {probability:.4f} is "
+            "above average: the router's bias or group limit keeps it out"
+        )
+    return f"never chosen in {total} tokens; its mean probability is {probability:.4f}"

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from moekit.analyze import Result
+from moekit.analyze.training_phases import LEAST_SHARE
 from moekit.core.memory import format_bytes
 from moekit.report.facts import Facts
 from moekit.report.usage import NO_LANGUAGE
@@ -254,6 +255,14 @@ def _super_experts(facts: Facts) -> Conclusion | None:
         return None
     count = int(result.summary["super_experts"])
     ratio = float(result.summary.get("largest_over_median") or float("nan"))
+    if math.isnan(ratio):
+        return Conclusion(
+            "Experts add nothing",
+            "The outputs of half of the experts or more are zero for every token: are the weights "
+            "those of a trained model?",
+            "super",
+            "warn",
+        )
     if not count:
         return Conclusion(
             "No super experts",
@@ -324,7 +333,11 @@ def _training(facts: Facts) -> Conclusion | None:
         )
     phases = facts.results.get("training-phases")
     if phases is not None and "three_phases" in phases.summary:
-        shown = "shows" if phases.summary["three_phases"] else "does not show"
+        found = phases.summary
+        noisy = found.get("noise", 0) > LEAST_SHARE * abs(found.get("peak", 0))
+        shown = "shows" if found["three_phases"] else "does not show"
+        if noisy and not found["three_phases"]:
+            shown = "goes up and down too much from probe to probe to tell whether it has"
         detail += f" Its balance {shown} the three phases of surge, plateau and relaxation."
     return Conclusion(f"Trained for {step} steps", detail, "training")
 

@@ -126,8 +126,9 @@ def _domain_view(
         y = [names[usage.domains.index(domain)] for domain, _ in sorted(found)]
         data.append(marks(x, y, "circle-open", "significant"))
     layout = {
-        "xaxis": axis("expert", type="category", tickangle=0),
-        "yaxis": DOWNWARDS,
+        # A range of one's own, since rings would widen it by a cell.
+        "xaxis": axis("expert", type="category", tickangle=0, range=[-0.5, len(experts) - 0.5]),
+        "yaxis": {"type": "category", "range": [len(names) - 0.5, -0.5]},
         "margin": HEAT_MARGIN,
     }
     return View(f"layer {index}", data, layout)

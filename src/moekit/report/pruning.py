@@ -37,7 +37,8 @@ class Cut:
 class Pruning:
     """What every expert adds, as a share of its layer [E] each; `basis` says in words what it is.
 
-    `curve` are (share of experts removed, share of contribution lost), `cuts` its round numbers.
+    Shares are zeros in a layer where no expert adds anything. `curve` are (share of
+    experts removed, share of contribution lost), `cuts` its round numbers.
     """
 
     basis: str
@@ -64,9 +65,14 @@ def pruning_of(
     Raises UserError where neither is there.
     """
     basis, sums = _sums(stats, load)
-    contribution = [layer / layer.sum() for layer in sums if layer.sum() > 0]
-    if not contribution:
+    # Not above zero: silent, or unknown in this family.
+    adds = [bool(layer.sum() > 0) for layer in sums]
+    if not any(adds):
         raise UserError("no expert added anything")
+    contribution = [
+        layer / layer.sum() if own else np.zeros(len(layer))
+        for layer, own in zip(sums, adds, strict=True)
+    ]
     curve, cuts = [], []
     most = max(map(len, contribution))
     ordered = [np.concatenate([[0.0], np.cumsum(np.sort(layer))]) for layer in contribution]

@@ -23,18 +23,21 @@
     return value;
   };
 
-  const axis = (own, colours, narrow) => ({
+  // Experts out of order need a label each where there is room.
+  const ticks = (own, width) => (own && own.type === "category" ? Math.max(7, Math.floor(width / 24)) : width < 520 ? 7 : 14);
+
+  const axis = (own, colours, width) => ({
     automargin: true,
     fixedrange: true,
     gridcolor: colours.line,
     linecolor: colours.line,
     tickcolor: colours.line,
     zeroline: false,
-    nticks: narrow ? 7 : 14,
+    nticks: ticks(own, width),
     ...own,
     // The leaves of a dendrogram have a label each.
-    ...(own && own.tickvals && own.tickvals.length > (narrow ? 12 : 40)
-      ? { tickangle: -90, tickfont: { size: narrow || own.tickvals.length > 80 ? 7 : 9 } }
+    ...(own && own.tickvals && own.tickvals.length > (width < 520 ? 12 : 40)
+      ? { tickangle: -90, tickfont: { size: width < 520 || own.tickvals.length > 80 ? 7 : 9 } }
       : {}),
     ...(own && own.title ? { title: { ...own.title, standoff: 8, font: { size: 12 } } } : {}),
   });
@@ -46,7 +49,7 @@
     const canvas = element.querySelector(".canvas");
     const colours = palette();
     const own = coloured(view.layout, colours);
-    const narrow = canvas.clientWidth < 520;
+    const width = canvas.clientWidth;
     const heat = view.data.some((trace) => trace.type === "heatmap");
     const layout = {
       ...own,
@@ -59,8 +62,8 @@
       hovermode: "closest",
       dragmode: false,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 12 }, ...own.legend },
-      xaxis: { ...axis(own.xaxis, colours, narrow), ...(heat ? { showgrid: false } : {}) },
-      yaxis: { ...axis(own.yaxis, colours, narrow), ...(heat ? { showgrid: false, nticks: 40 } : {}) },
+      xaxis: { ...axis(own.xaxis, colours, width), ...(heat ? { showgrid: false } : {}) },
+      yaxis: { ...axis(own.yaxis, colours, width), ...(heat ? { showgrid: false, nticks: 40 } : {}) },
     };
     const options = { displayModeBar: false, responsive: true, displaylogo: false };
     Plotly.react(canvas, coloured(view.data, colours), layout, options);
