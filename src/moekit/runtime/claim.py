@@ -33,8 +33,8 @@ class Claim:
         Raises StoreError where one cannot be read, and UserError where the others do not fit
         beside those that are not `done`.
         """
-        while self._waiting or self._arrived or self._later or self._error:
-            yield self._cache._wait(self)
+        while arrived := self._cache._wait(self):
+            yield arrived
 
     def done(self, experts: Sequence[int]) -> None:
         """These experts were computed: others may take their place."""

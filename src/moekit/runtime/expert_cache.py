@@ -346,6 +346,7 @@ class ExpertCache:
             stats.preload_bytes += load.slot.size
 
     def _wait(self, claim: Claim) -> list[int]:
+        """The next experts of a claim that are there; none when it has all."""
         began = time.perf_counter()
         with self._lock:
             while not claim._arrived:
@@ -354,11 +355,14 @@ class ExpertCache:
                     error, claim._error = claim._error, None
                     raise error
                 self._start(claim)
-                if not claim._waiting and not self._loads:
+                if claim._arrived or not (claim._waiting or claim._later):
+                    break
+                if not self._loads:
                     raise UserError(
                         f"{len(claim._later)} more experts do not fit into the expert cache of "
                         f"{self.nbytes} bytes beside those in use; say which are done"
                     )
+                # For its own reads, or for a prefetch that can make room once it is done.
                 self._arrived.wait()
             arrived, claim._arrived = claim._arrived, []
             self.stats.wait_seconds += time.perf_counter() - began
