@@ -40,27 +40,41 @@ class BuildError(Exception):
 def cached_library() -> Path:
     """The library in the cache directory, compiled if it is not there or not whole.
 
-    Where that directory cannot be written, a new temporary one. Raises `BuildError`.
+    Where that directory cannot be written, one among the temporary files. Raises `BuildError`.
     """
     compiler = find_compiler()
     name = f"native-{_key(compiler)}.so"
     cache = Path(os.environ.get("MOEKIT_CACHE") or Path.home() / ".cache" / "moekit")
-    path = cache / name
-    if _is_whole(path):
-        return path
+    if _is_whole(cache / name):
+        return cache / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
     except OSError:
-        path = Path(tempfile.mkdtemp(prefix="moekit-")) / name
-        work = tempfile.TemporaryDirectory(prefix="build-", dir=path.parent)
+        cache = _own_temporary_folder()
+        if _is_whole(cache / name):
+            return cache / name
+        work = tempfile.TemporaryDirectory(prefix="build-", dir=cache)
     with work as folder:
         made = compile_library(compiler, Path(folder))
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
         # Another process may do the same at this moment: both files are whole, either will do.
-        os.replace(made, path)
-    return path
+        os.replace(made, cache / name)
+    return cache / name
+
+
+def _own_temporary_folder() -> Path:
+    """A folder among the temporary files that only this user can write to."""
+    folder = Path(tempfile.gettempdir()) / f"moekit-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+        if state.st_uid == os.getuid() and not state.st_mode & 0o022:
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="moekit-"))
 
 
 def find_compiler() -> str:
