@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from render_runtime import gguf_llama_cpp
+from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory
 from tables import machine, table
 
 HERE = Path(__file__).parent
@@ -312,6 +312,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "analyze_trace": analyze_trace,
     "convert_memory": convert_memory,
     "gguf_llama_cpp": gguf_llama_cpp,
+    "run_in_memory_r1": run_in_memory,
+    "run_in_memory_r2": run_in_memory,
+    "run_larger_than_memory": run_larger_than_memory,
 }
 
 

@@ -32,3 +32,117 @@ def gguf_llama_cpp(record: dict[str, Any]) -> str:
             table(["model, format", "MB", "agreement", "perplexity", "against fp32"], rows),
         ]
     )
+
+
+def run_in_memory(record: dict[str, Any]) -> str:
+    found, options, versions = record["metrics"], record["options"], record["versions"]
+    rows = [
+        [
+            name,
+            f"**{row['decode_ms']:.2f}**",
+            f"{row['prefill_tokens_per_second']:.0f}",
+            f"{row['opening_seconds']:.1f}",
+            f"{row['memory']['VmHWM'] / 1e9:.2f}",
+        ]
+        for name, row in found["programs"].items()
+    ]
+    pairs = [
+        [name, f"{row['decode']:.2f}", f"{row['prefill']:.2f}"]
+        for name, row in found["ratios"].items()
+    ]
+    parts = [
+        f"## Everything in memory, {options['shape'].upper()}",
+        "`benchmarks/run_in_memory.py`. The shape (`benchmarks/reference_shapes.py`) with random "
+        "weights, one sequence, two threads each, the programs in turns: a prompt of "
+        f"{options['prompt']} tokens, then {options['steps']} tokens one by one; medians over "
+        f"{options['rounds']} rounds. int4: experts, attention and output head in groups of 32, "
+        "as Q4_0 has them. GB is the peak of what the process held, mapped files included. Memory "
+        f"gave two threads {found['bandwidth'] / 1e9:.0f} GB/s. llama-cpp-python "
+        f"{versions['llama-cpp-python']}; " + machine(record),
+        table(["program", "ms a token", "prefill tokens/s", "opening s", "GB"], rows),
+        "How many times as fast, median over the rounds:",
+        table(["pair", "decode", "prefill"], pairs),
+    ]
+    if "check" in found:
+        check = "; ".join(f"{name} {value:.4f}" for name, value in found["check"].items())
+        parts.append(
+            "Before, on the same weights: median over tokens of the relative distance of logits. "
+            f"{check}."
+        )
+    return "\n\n".join(parts)
+
+
+def run_larger_than_memory(record: dict[str, Any]) -> str:
+    found, options, versions = record["metrics"], record["options"], record["versions"]
+    rows = [
+        [
+            share,
+            f"{row['prefetch_on']['limit'] / 1e6:,.0f}",
+            f"{row['hit_rate']:.3f}",
+            f"{row['belady']:.3f}",
+            f"**{row['share_of_belady']:.2f}**",
+            f"{row['prefetch_off']['tokens_per_second']:.1f}",
+            f"**{row['prefetch_on']['tokens_per_second']:.1f}**",
+            f"{row['time_ratio']:.2f}",
+            f"{row['bytes_ratio']:.2f}",
+        ]
+        for share, row in found["rows"].items()
+    ]
+    peers = [
+        [
+            share,
+            f"{row['prefetch_on']['peak_charge'] / 1e6:,.0f}",
+            _rate(row["llama"]),
+            f"{row['llama']['peak_charge'] / 1e6:,.0f}",
+            row["llama"].get("ended", "finished, or cut off by the clock"),
+        ]
+        for share, row in found["rows"].items()
+    ]
+    whole = found["all_in_memory"]
+    return "\n\n".join(
+        [
+            "## Larger than memory, real routing",
+            "`benchmarks/run_larger_than_memory.py`. babel with experts of "
+            f"{options['width']:,} neurons that compute the same (`benchmarks/widen.py`): "
+            f"{found['expert_record'] / 1e6:.1f} MB an expert at 4 bits, "
+            f"{found['expert_bytes'] / 1e9:.2f} GB in all. {options['documents']} texts of "
+            f"{options['length']} tokens of `valid`, decoded token by token, the cache empty at "
+            "first. The process is in a memory cgroup limited to the sum that the engine prints. "
+            "Hit rate: demand hits with prefetch off, and those of Belady's optimum with as many "
+            "slots. Time: with prefetch, over the larger of computing with everything in memory "
+            f"({whole['tokens_per_second']:.1f} tokens/s) and reading at the disk's "
+            f"{found['disk_bandwidth'] / 1e9:.2f} GB/s what is read without prefetch; bytes: with "
+            "prefetch over without. " + machine(record),
+            table(
+                [
+                    "experts in memory",
+                    "limit MB",
+                    "hit rate",
+                    "Belady",
+                    "share",
+                    "tokens/s, no prefetch",
+                    "tokens/s",
+                    "time",
+                    "bytes",
+                ],
+                rows,
+            ),
+            f"llama-cpp-python {versions['llama-cpp-python']} with the same model as Q4_0, memory "
+            "mapped, in a cgroup with the same limit; the peak is what the cgroup was charged, "
+            f"page cache included. It was given {options['patience']:.0f} seconds.",
+            table(
+                [
+                    "experts in memory",
+                    "moekit's peak MB",
+                    "llama.cpp tokens/s",
+                    "its peak MB",
+                    "it",
+                ],
+                peers,
+            ),
+        ]
+    )
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return f"{row['tokens_per_second']:.2f}" if "tokens_per_second" in row else "none"

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +28,16 @@ class Worker:
     """A running program. `opening` is how many seconds it took to be ready.
 
     `python` and `script` with `arguments` start it; `wrap` is put before the command, such as what
-    moves the process into a cgroup.
+    moves the process into a cgroup. After `patience` seconds it is killed.
     """
 
     def __init__(
-        self, script: str, *arguments: str, python: str = sys.executable, wrap: tuple[str, ...] = ()
+        self,
+        script: str,
+        *arguments: str,
+        python: str = sys.executable,
+        wrap: tuple[str, ...] = (),
+        patience: float | None = None,
     ) -> None:
         self._process = subprocess.Popen(
             [*wrap, python, str(HERE / script), *arguments],
@@ -40,6 +46,10 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self._watch = None if patience is None else threading.Timer(patience, self._process.kill)
+        if self._watch is not None:
+            self._watch.daemon = True
+            self._watch.start()
         self.opening: float = self._read()
 
     def __enter__(self) -> Worker:
@@ -57,6 +67,8 @@ class Worker:
         assert self._process.stdin is not None
         if self._process.poll() is None:
             self._process.stdin.close()
+        if self._watch is not None:
+            self._watch.cancel()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

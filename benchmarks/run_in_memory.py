@@ -1,0 +1,266 @@
+"""moekit beside llama.cpp and transformers where everything fits into memory.
+
+    python benchmarks/run_in_memory.py --shape r1 --peer-python PEER/bin/python --work DIR
+
+PEER is an environment with llama-cpp-python; DIR keeps the models (10 GB for r1, 35 GB for r2) for
+the next run. The programs take turns, each on two threads, with the same random tokens, and only
+after their logits were compared (r1). Writes benchmarks/results/run_in_memory_SHAPE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from decoded import decoded_model
+from reference_gguf import write_gguf
+from reference_shapes import config_of, write_packed
+from workers import Worker
+
+from moekit.core.architecture import meta_model
+from moekit.core.checkpoint import TensorInfo
+from moekit.core.pack import pack
+from moekit.core.record import start_record
+from moekit.core.seeds import generator
+from moekit.core.writer import CheckpointWriter
+from moekit.export.gguf import convert_gguf
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT, STEPS, CONTEXT = 128, 48, 1024
+# Names of what is compared; moekit's first.
+INT4, BF16 = "moekit int4", "moekit bf16"
+Q4, Q4_READ, Q4_HEAD, Q8, F16 = (
+    "llama.cpp Q4_0",
+    "llama.cpp Q4_0, no mmap",
+    "llama.cpp Q4_0, head Q8_0",
+    "llama.cpp Q8_0",
+    "llama.cpp f16",
+)
+TRANSFORMERS = "transformers bf16 grouped_mm"
+# moekit's error may be this many times that of transformers in bf16.
+TOLERANCE = 1.1
+
+
+def write_checkpoint(shape: str, out: Path) -> None:
+    """A random bf16 checkpoint of the shape, row block by row block."""
+    config = config_of(shape)
+    state = meta_model(config).state_dict()
+    infos = {name: TensorInfo(tuple(t.shape), torch.bfloat16) for name, t in state.items()}
+    with CheckpointWriter(out, infos) as writer:
+        for name, _ in writer.pending():
+            info, random = infos[name], generator(0, name)
+            for row in range(0, info.shape[0], 4096):
+                size = (min(4096, info.shape[0] - row), *info.shape[1:])
+                if len(size) == 1:
+                    block = torch.ones(size)
+                else:
+                    block = torch.randn(size, generator=random) / size[-1] ** 0.5
+                if "embed_tokens" in name:
+                    block *= size[-1] ** 0.5
+                writer.write_rows(name, row, block.bfloat16())
+        writer.write_file("config.json", config.to_json_string(use_diff=False))
+        writer.commit()
+
+
+def prepare(shape: str, work: Path) -> dict[str, Path]:
+    """Path of each model; what an earlier run left is kept."""
+    steps: dict[str, tuple[str, Callable[[Path], Any]]]
+    if shape == "r2":
+        steps = {
+            INT4: ("int4", lambda out: write_packed(shape, out)),
+            Q4: ("q4_0.gguf", lambda out: write_gguf(shape, out, "q4_0")),
+        }
+    else:
+        model = work / "model"
+        steps = {
+            TRANSFORMERS: ("model", lambda out: write_checkpoint(shape, out)),
+            INT4: ("int4", lambda out: pack(model, out, codec="int4")),
+            BF16: ("bf16", lambda out: pack(model, out, codec="bf16")),
+            Q4: ("all-q4_0.gguf", lambda out: write_gguf(shape, out, "q4_0")),
+            Q4_HEAD: ("q4_0.gguf", lambda out: convert_gguf(model, out, gguf_type="q4_0")),
+            Q8: ("q8_0.gguf", lambda out: convert_gguf(model, out, gguf_type="q8_0")),
+            F16: ("f16.gguf", lambda out: convert_gguf(model, out, gguf_type="f16")),
+        }
+    work.mkdir(parents=True, exist_ok=True)
+    for file, make in steps.values():
+        if not (work / file).exists():
+            make(work / file)
+    return {name: work / file for name, (file, _) in steps.items()}
+
+
+def start(name: str, paths: dict[str, Path], peer: str) -> Worker:
+    if name == TRANSFORMERS:
+        return Worker("worker_transformers.py", str(paths[name]))
+    if name == INT4:
+        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4")
+    if name == BF16:
+        return Worker("worker_moekit.py", str(paths[name]))
+    mmap = () if name == Q4_READ else ("--mmap",)
+    return Worker("worker_llama.py", str(paths[name]), *mmap, python=peer)
+
+
+def error(found: np.ndarray, exact: np.ndarray) -> float:
+    """Median over tokens of the relative distance of logits [T, V]."""
+    distance = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    return float(np.median(distance))
+
+
+def check(paths: dict[str, Path], peer: str) -> dict[str, float]:
+    """Distances of logits on the same weights; exits where a program computes something else."""
+    ids = tokens(2, 64, "r1")
+    found = {}
+
+    def logits(name: str) -> np.ndarray:
+        with start(name, paths, peer) as worker:
+            return worker.logits(ids)
+
+    def own(model: Any) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].float().numpy()
+
+    for name, codec in ((INT4, "int4"), (BF16, None)):
+        exact = own(decoded_model(paths[name], codec))
+        found[f"{name} to decoded fp32"] = error(logits(name), exact)
+        plain = own(decoded_model(paths[name], codec, torch.bfloat16))
+        found[f"{name}: transformers bf16 to decoded fp32"] = error(plain, exact)
+        if name == BF16:
+            found[f"{F16} to fp32"] = error(logits(F16), exact)
+            found[f"{BF16} to {F16}"] = error(logits(BF16), logits(F16))
+        limit = TOLERANCE * found[f"{name}: transformers bf16 to decoded fp32"]
+        if found[f"{name} to decoded fp32"] > limit:
+            sys.exit(f"{name} is further from fp32 than {limit:.4f}: {json.dumps(found)}")
+    return found
+
+
+def tokens(seed: int, count: int, shape: str) -> list[int]:
+    vocabulary = config_of(shape).vocab_size
+    return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
+
+
+def turn(worker: Worker, shape: str, seed: int) -> dict[str, float]:
+    """One prompt and its continuation; ms a token is the median of the steps."""
+    prompt, steps = tokens(seed, PROMPT, shape), tokens(seed + 1000, STEPS, shape)
+    seconds = worker.call("prefill", ids=prompt)
+    decode = worker.call("decode", ids=steps)
+    return {
+        "prefill_tokens_per_second": PROMPT / seconds,
+        "decode_ms": 1000 * statistics.median(decode),
+    }
+
+
+def bandwidth() -> float:
+    """Bytes a second that two threads read from memory, the best of a few tries."""
+    data = torch.ones(2**28, dtype=torch.int32)
+    torch.set_num_threads(2)
+    best = 0.0
+    for _ in range(7):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def in_turns(
+    names: list[str], paths: dict[str, Path], peer: str, shape: str, rounds: int
+) -> dict[str, Any]:
+    """All programs open at once, taking turns."""
+    with ExitStack() as stack:
+        open_ = {name: stack.enter_context(start(name, paths, peer)) for name in names}
+        for worker in open_.values():
+            turn(worker, shape, 0)
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for number in range(1, rounds + 1):
+            for name, worker in open_.items():
+                rows[name].append(turn(worker, shape, number))
+        return {
+            name: {"opening_seconds": w.opening, "memory": w.call("memory"), "rounds": rows[name]}
+            for name, w in open_.items()
+        }
+
+
+def one_by_one(
+    names: list[str], paths: dict[str, Path], peer: str, shape: str, rounds: int, openings: int
+) -> dict[str, Any]:
+    """For programs that do not fit into memory together: each opened some times, in turns."""
+    found: dict[str, Any] = {name: {"rounds": []} for name in names}
+    for name in names * openings:
+        with start(name, paths, peer) as worker:
+            # Everything is read once: 512 random tokens reach nearly every expert.
+            worker.call("prefill", ids=tokens(0, 512, shape))
+            for number in range(1, rounds // openings + 1):
+                found[name]["rounds"].append(turn(worker, shape, number))
+            found[name]["opening_seconds"] = worker.opening
+            found[name]["memory"] = worker.call("memory")
+    return found
+
+
+def summary(found: dict[str, Any]) -> None:
+    for row in found.values():
+        for field in ("prefill_tokens_per_second", "decode_ms"):
+            row[field] = statistics.median(r[field] for r in row["rounds"])
+
+
+def ratios(found: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """How many times as fast the first of a pair is, as the median over the rounds."""
+    result = {}
+    for one, other in pairs:
+        both = list(zip(found[one]["rounds"], found[other]["rounds"], strict=True))
+        prefill, decode = "prefill_tokens_per_second", "decode_ms"
+        result[f"{one} / {other}"] = {
+            "decode": statistics.median(b[decode] / a[decode] for a, b in both),
+            "prefill": statistics.median(a[prefill] / b[prefill] for a, b in both),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=("r1", "r2"), default="r1")
+    parser.add_argument("--peer-python", required=True, help="a Python with llama-cpp-python")
+    parser.add_argument("--work", type=Path, required=True, help="where the models are kept")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--openings", type=int, default=2, help="of each program, for r2")
+    given = parser.parse_args()
+    paths = prepare(given.shape, given.work)
+    options = {"shape": given.shape, "rounds": given.rounds, "prompt": PROMPT, "steps": STEPS}
+    record = start_record("benchmarks/run_in_memory.py", options | {"threads": 2}, seed=0)
+    version = [given.peer_python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+    record.versions["llama-cpp-python"] = subprocess.check_output(version, text=True).strip()
+    metrics: dict[str, Any] = {"bandwidth": bandwidth()}
+    if given.shape == "r1":
+        metrics["check"] = check(paths, given.peer_python)
+        names = [INT4, Q4, Q4_READ, Q4_HEAD, BF16, F16, Q8, TRANSFORMERS]
+        paths[Q4_READ] = paths[Q4]
+        found = in_turns(names, paths, given.peer_python, given.shape, given.rounds)
+        pairs = [(INT4, Q4), (INT4, Q4_READ), (INT4, Q4_HEAD), (BF16, F16)]
+        pairs += [(INT4, TRANSFORMERS), (BF16, TRANSFORMERS)]
+    else:
+        found = one_by_one(
+            [Q4, INT4], paths, given.peer_python, given.shape, given.rounds, given.openings
+        )
+        pairs = [(INT4, Q4)]
+    summary(found)
+    metrics |= {"programs": found, "ratios": ratios(found, pairs)}
+    file = RESULTS / f"run_in_memory_{given.shape}.json"
+    file.write_text(record.finish(metrics).to_json())
+    for name, row in found.items():
+        print(
+            f"{name}: {row['decode_ms']:.2f} ms a token, prefill "
+            f"{row['prefill_tokens_per_second']:.0f} tokens/s"
+        )
+    for name, row in metrics["ratios"].items():
+        print(f"{name}: decode {row['decode']:.2f}, prefill {row['prefill']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

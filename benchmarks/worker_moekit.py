@@ -1,0 +1,74 @@
+"""moekit's engine behind `worker_loop`.
+
+python benchmarks/worker_moekit.py DIR --threads 2 [--memory 6GiB] [--runner native] [...]
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from worker_loop import serve
+
+import moekit
+
+
+class Moekit:
+    """One sequence of an engine's runner. `record` keeps what the routers of a step chose."""
+
+    def __init__(self, path: str, context: int, record: bool, **options: Any) -> None:
+        self._engine = moekit.open_engine(path, max_context=context, streams=1, **options)
+        self._runner = self._engine.runner
+        self._context = context
+        self._sequence = None
+        self._routing: list[np.ndarray] = []
+        if record:
+            self._runner.observer = lambda routed: self._routing.append(routed.ids.copy())
+
+    def _begin(self) -> None:
+        if self._sequence is not None:
+            self._runner.drop(self._sequence)
+        self._sequence = self._runner.new_sequence(self._context)
+
+    def prefill(self, ids: list[int]) -> None:
+        self._begin()
+        self._runner.forward([self._sequence], [ids])
+
+    def step(self, token: int) -> None:
+        self._runner.forward([self._sequence], [[token]])
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        self._begin()
+        (rows,) = self._runner.forward([self._sequence], [ids], all_positions=True)
+        return torch.as_tensor(rows).float().numpy()
+
+    def stats(self) -> dict[str, Any]:
+        """Of the engine, its cache and its budget; and routing [steps, K] so far if recorded."""
+        engine = self._engine
+        found = {"engine": dataclasses.asdict(engine.stats), "notes": engine.notes}
+        if engine.cache is not None:
+            found["cache"] = dataclasses.asdict(engine.cache.stats)
+        if engine.budget is not None:
+            found["budget"] = engine.budget.to_dict()
+        if self._routing:
+            found["routing"] = np.concatenate(self._routing).tolist()
+        return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory")
+    parser.add_argument("--context", type=int, default=1024)
+    for option in ("memory", "expert-cache", "runner", "resident-codec", "policy", "predictor"):
+        parser.add_argument(f"--{option}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-prefetch", action="store_true")
+    parser.add_argument("--record-routing", action="store_true", help="needs --no-prefetch")
+    given = vars(parser.parse_args())
+    directory, context = given.pop("directory"), given.pop("context")
+    record = given.pop("record_routing")
+    options = {name: value for name, value in given.items() if value not in (None, False)}
+    if options.pop("no_prefetch", False):
+        options["prefetch"] = False
+    serve(lambda: Moekit(directory, context, record, **options))
