@@ -219,11 +219,8 @@ def test_bodies_are_limited_in_size_and_time():
         slow.close()
 
 
-def test_a_client_that_does_not_read_loses_its_slot_and_its_connection():
-    runner = FakeRunner(gated=True)
-    service = make_service(runner)
-    app = build_app(service, HttpLimits(send_seconds=0.05))
-    body = json.dumps({**ASK, "max_tokens": 100, "stream": True}).encode()
+def visit(app, message: dict, send, *after: dict) -> None:
+    """Call the application without a server: a body, what else is received, and where to send."""
     scope = {
         "type": "http",
         "method": "POST",
@@ -231,26 +228,50 @@ def test_a_client_that_does_not_read_loses_its_slot_and_its_connection():
         "query_string": b"",
         "headers": [(b"content-type", b"application/json")],
     }
-    sent = []
 
-    async def visit() -> None:
+    async def call() -> None:
         arriving = asyncio.Queue()
-        arriving.put_nowait({"type": "http.request", "body": body})
-
-        async def send(message) -> None:
-            sent.append(message)
-            if message["type"] == "http.response.body":
-                await asyncio.Event().wait()  # a buffer that stays full
-
-        # It returns with the response unfinished, on which the server closes the connection.
+        for event in ({"type": "http.request", "body": json.dumps(message).encode()}, *after):
+            arriving.put_nowait(event)
         await app(scope, arriving.get, send)
 
+    asyncio.run(call())
+
+
+def test_a_client_that_does_not_read_loses_its_slot_and_its_connection():
+    runner = FakeRunner(gated=True)
+    service = make_service(runner)
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # a buffer that stays full
+
     runner.allow(1)
-    asyncio.run(visit())
-    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    # It returns with the response unfinished, on which a server closes the connection.
+    app = build_app(service, HttpLimits(send_seconds=0.05))
+    visit(app, {**ASK, "max_tokens": 100, "stream": True}, send)
+    assert sent == ["http.response.start", "http.response.body"]
     runner.open_gate()
     until(lambda: service.scheduler.running == 0)
     assert service.scheduler.statistics.sequences == {"cancelled": 1}
+    service.scheduler.close(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_left_before_the_first_token(stream):
+    runner = FakeRunner(gated=True)
+    service = make_service(runner)
+
+    async def send(message) -> None:
+        pass
+
+    message = {**ASK, "max_tokens": 100, "stream": stream}
+    visit(build_app(service), message, send, {"type": "http.disconnect"})
+    runner.open_gate()
+    until(lambda: service.scheduler.running == service.scheduler.queued == 0)
+    assert not service.scheduler.statistics.sequences["length"]
     service.scheduler.close(0)
 
 

@@ -59,8 +59,8 @@ class _Choice:
 class Answer:
     """The choices of one request, `n` for each prompt, numbered in that order.
 
-    Make it on the event loop's thread. Iterating over `updates` sends the jobs to the scheduler;
-    leaving the loop early cancels them.
+    Make it on the event loop's thread, `submit` it, read its `updates`, and `cancel` it whatever
+    happened.
     """
 
     def __init__(
@@ -119,20 +119,17 @@ class Answer:
 
     async def updates(self) -> AsyncIterator[Update]:
         """News as it comes, until every choice has ended; raises ApiError where one fails."""
-        try:
-            while not all(choice.finished for choice in self._choices):
-                news: dict[int, Update] = {}
-                # What came while the client was slow goes out together.
-                index, event = await self._events.get()
+        while not all(choice.finished for choice in self._choices):
+            news: dict[int, Update] = {}
+            # What came while the client was slow goes out together.
+            index, event = await self._events.get()
+            self._apply(event, news.setdefault(index, Update(index)))
+            while not self._events.empty():
+                index, event = self._events.get_nowait()
                 self._apply(event, news.setdefault(index, Update(index)))
-                while not self._events.empty():
-                    index, event = self._events.get_nowait()
-                    self._apply(event, news.setdefault(index, Update(index)))
-                for update in news.values():
-                    if update.piece or update.echo or update.finish_reason:
-                        yield update
-        finally:
-            self.cancel()
+            for update in news.values():
+                if update.piece or update.echo or update.finish_reason:
+                    yield update
 
     def usage(self) -> dict[str, Any]:
         """Tokens of the prompts, each counted once, and of the completions."""

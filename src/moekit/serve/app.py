@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from moekit.serve.answer import Answer, Update
 from moekit.serve.errors import ApiError
@@ -110,11 +111,7 @@ async def _respond(
     request: Request, asked: GenerationRequest, answer: Answer, form: Form
 ) -> Response:
     if asked.stream:
-        return StreamingResponse(
-            _events(answer, form, asked),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        return EventStream(answer, _events(answer, form, asked))
     work = asyncio.ensure_future(_collect(answer))
     left = asyncio.ensure_future(_wait_until_gone(request))
     try:
@@ -126,6 +123,25 @@ async def _respond(
         left.cancel()
         work.cancel()
         answer.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; a client that leaves frees its slots, even before the first of them."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[bytes]) -> None:
+        # The headers keep caches and nginx from collecting what should be passed on at once.
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 async def _wait_until_gone(request: Request) -> None:
@@ -157,9 +173,6 @@ async def _events(answer: Answer, form: Form, asked: GenerationRequest) -> Async
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
-    finally:
-        # Not left to the garbage collector: a client that has gone frees its slot now.
-        answer.cancel()
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

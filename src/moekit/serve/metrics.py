@@ -48,7 +48,7 @@ def metrics(service: Service, requests: Counter[tuple[str, int]]) -> str:
     page = Page()
     answered = [({"route": r, "status": s}, n) for (r, s), n in sorted(requests.items())]
     page.add("requests_total", "counter", "Answered requests.", answered)
-    ended = [({"reason": reason}, count) for reason, count in sorted(done.sequences.items())]
+    ended = [({"reason": reason}, count) for reason, count in sorted(done.sequences.copy().items())]
     page.add("sequences_total", "counter", "Ended sequences by reason.", ended)
     page.gauge("streams", "Sequences that have a slot.", scheduler.running)
     page.gauge("streams_limit", "Slots.", service.limits.streams)

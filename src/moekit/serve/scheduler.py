@@ -115,7 +115,11 @@ class Scheduler:
     def _work(self) -> None:
         while self._prepare():
             started, before = time.monotonic(), self.statistics.generated_tokens
-            self._step()
+            try:
+                self._step()
+            except Exception as error:  # whatever it was, the server goes on for later requests
+                traceback.print_exception(error, file=sys.stderr)
+                self._fail_all(error)
             generated = self.statistics.generated_tokens - before
             self.statistics.stepped(time.monotonic() - started, generated)
         for slot in self._slots.free:
@@ -137,6 +141,12 @@ class Scheduler:
                 if self._closing:
                     return False
                 self._wake.wait()
+
+    def _fail_all(self, error: Exception) -> None:
+        # After an error in a step, what its sequences have in their caches is unknown.
+        for slot in list(self._slots.running):
+            self._end(slot, Failed(error))
+            self._slots.forget(slot)
 
     def _cut_all(self) -> None:
         error = Closing("the server is shutting down and has cut this request")
@@ -173,9 +183,8 @@ class Scheduler:
             decoding = any(job.new_tokens for job in running.values())
             lengths = share(lengths, self.limits.chunk * (1 if decoding else 4))
         logits = self._forward(plain, lengths)
-        if logits is not None:
-            rows = [row for row, slot in enumerate(plain) if not slot.pending]
-            self._choose([plain[row] for row in rows], logits[rows])
+        rows = [row for row, slot in enumerate(plain) if not slot.pending]
+        self._choose([plain[row] for row in rows], logits[rows])
 
     def _score(self, slot: Slot) -> None:
         """Feed a piece of a prompt whose own log probabilities are wanted."""
@@ -184,28 +193,18 @@ class Scheduler:
         length = len(slot.pending)
         if self._runner.can_chunk:
             length = min(length, self._score_chunk)
-        rows = self._forward([slot], [length], all_positions=True)
-        if rows is None:
-            return
+        [logits] = self._forward([slot], [length], all_positions=True)
         following = job.prompt[first + 1 : first + 1 + length]
         job.prompt_logprobs += token_logprobs(
-            rows[0][: len(following)], following, job.top_logprobs or 0
+            logits[: len(following)], following, job.top_logprobs or 0
         )
         if not slot.pending:
-            self._choose([slot], rows[0][-1:])
+            self._choose([slot], logits[-1:])
 
     def _forward(self, slots: list[Slot], lengths: list[int], all_positions: bool = False) -> Any:
-        """The runner's logits for a step; None after an error, which ends the jobs in the step."""
         tokens = [slot.feed(length) for slot, length in zip(slots, lengths, strict=True)]
         seqs = [slot.seq for slot in slots if slot.seq is not None]
-        try:
-            return self._runner.forward(seqs, tokens, all_positions)
-        except Exception as error:  # whatever it was, the server must go on for the next request
-            traceback.print_exception(error, file=sys.stderr)
-            for slot in slots:
-                self._end(slot, Failed(error))
-                self._slots.forget(slot)
-            return None
+        return self._runner.forward(seqs, tokens, all_positions)
 
     def _choose(self, slots: list[Slot], logits: Tensor) -> None:
         """Choose a token for each sequence from logits [B, V] and end those that are done."""
