@@ -6,7 +6,7 @@ import pytest
 from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
 from moekit.core.replay import accesses, replay
-from moekit.runtime.predict.calibration import Calibration
+from moekit.runtime.predict.calibration import Calibration, bins_of
 from moekit.runtime.predict.predictor import Predictor
 from moekit.runtime.predict.prefetch import Prefetcher
 from moekit.runtime.predict.random import RandomExperts
@@ -178,7 +178,7 @@ def test_stats_tell_useful_from_wasted_and_late_from_dropped():
 def test_calibration_learns_what_scores_are_worth():
     random = np.random.default_rng(0)
     calibration = Calibration(2, base=0.1)
-    scores = np.array([0.9, 0.5, 0.01], dtype=np.float32)
+    scores = bins_of(np.array([0.9, 0.5, 0.01], dtype=np.float32))
     assert calibration.probability(1, 2, scores) == pytest.approx(0.1)
     for _ in range(20000):
         calibration.learn(1, 2, scores, random.random(3) < [0.7, 0.2, 0.02])
@@ -187,9 +187,25 @@ def test_calibration_learns_what_scores_are_worth():
     assert calibration.probability(1, 1, scores) == pytest.approx(0.1)
 
 
+def test_every_score_has_a_bin_and_higher_ones_none_below():
+    scores = np.concatenate([[0.0], np.geomspace(1e-9, 0.5, 50), [0.75, 1 - 1e-7, 1.0]])
+    bins = bins_of(scores.astype(np.float32))
+    assert (np.diff(bins) >= 0).all()
+    assert (bins[0], bins[-1]) == (0, 23)
+
+
+def test_a_layer_that_is_in_memory_is_not_predicted():
+    ahead, resident = taught()
+    resident[1:3] = 1
+    ahead.predictor.predict = lambda layer, n: (
+        pytest.fail("asked") if layer + n < 3 else np.ones(EXPERTS)
+    )
+    assert [hint.layer for hint in ahead.observe(0, [[0, 1]], None, resident)] == [3]
+
+
 def test_calibration_follows_a_change():
     calibration = Calibration(1, base=0.5)
-    score = np.array([0.9], dtype=np.float32)
+    score = bins_of(np.array([0.9], dtype=np.float32))
     for used in (True, False):
         for _ in range(20000):
             calibration.learn(0, 1, score, np.array([used]))

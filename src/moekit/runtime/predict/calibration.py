@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from moekit.runtime.predict.predictor import REACH, Scores
 
+Bins = NDArray[np.intp]
+
 # Bins of half a unit in the logarithm of the odds, from -6 to 6.
 BINS = 24
 WIDTH = 0.5
@@ -32,16 +34,15 @@ class Calibration:
         self._used = np.full(shape, PRIOR * base)
         self._seen = np.full(shape, PRIOR)
 
-    def probability(self, layer: int, ahead: int, scores: Scores) -> NDArray[np.float64]:
-        """The chance that experts of `layer` with these scores, given `ahead` layers earlier, are
-        used, [E]."""
+    def probability(self, layer: int, ahead: int, bins: Bins) -> NDArray[np.float64]:
+        """The chance that experts of `layer` with scores in these bins, given `ahead` layers
+        earlier, are used, [E]."""
         row = ahead - 1, layer
-        return (self._used[row] / self._seen[row])[_bins(scores)]
+        return (self._used[row] / self._seen[row])[bins]
 
-    def learn(self, layer: int, ahead: int, scores: Scores, used: NDArray[np.bool_]) -> None:
-        """The experts of `layer` with these scores [E] turned out as `used` [E] says."""
+    def learn(self, layer: int, ahead: int, bins: Bins, used: NDArray[np.bool_]) -> None:
+        """The experts of `layer` with scores in these bins [E] turned out as `used` [E] says."""
         row = ahead - 1, layer
-        bins = _bins(scores)
         self._seen[row] += np.bincount(bins, minlength=BINS)
         self._used[row] += np.bincount(bins[used], minlength=BINS)
         full = self._seen[row] > MEMORY
@@ -50,6 +51,8 @@ class Calibration:
             self._used[row][full] /= 2
 
 
-def _bins(scores: Scores) -> NDArray[np.intp]:
-    odds = np.log(np.maximum(scores, 1e-6) / np.maximum(1 - scores, 1e-6))
-    return np.clip(odds / WIDTH + BINS / 2, 0, BINS - 1).astype(np.intp)
+def bins_of(scores: Scores) -> Bins:
+    """The bin of every score [E]."""
+    known = np.minimum(np.maximum(scores, 1e-6), 1 - 1e-6)
+    place = np.log(known / (1 - known)) / WIDTH + BINS / 2
+    return np.minimum(np.maximum(place, 0), BINS - 1).astype(np.intp)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moekit.core.errors import UserError
-from moekit.runtime.predict.calibration import Calibration
-from moekit.runtime.predict.predictor import REACH, Predictor, Scores
+from moekit.runtime.predict.calibration import Bins, Calibration, bins_of
+from moekit.runtime.predict.predictor import REACH, Predictor
 
 # Seconds that a wasted read of one second costs even where nobody waits for it: it takes a slot.
 SLOT_PRICE = 0.3
@@ -49,10 +49,10 @@ class PrefetchStats:
 
 @dataclass
 class _Plan:
-    """What is expected of a layer: scores [E] by layers ahead, with the experts that were absent,
-    and the chance of each expert that is or was hinted."""
+    """What is expected of a layer: by layers ahead the scores (their bins) of the experts that
+    were absent, and who those were; and the chance of each expert that is or was hinted."""
 
-    scores: list[tuple[int, Scores, NDArray[np.bool_]]] = field(default_factory=list)
+    expected: list[tuple[int, Bins, NDArray[np.bool_]]] = field(default_factory=list)
     hinted: dict[int, float] = field(default_factory=dict)
 
 
@@ -121,8 +121,8 @@ class Prefetcher:
         plan = self._plans.pop(layer, _Plan())
         used = np.zeros(self._experts, dtype=bool)
         used[ids[ids >= 0]] = True
-        for ahead, scores, absent in plan.scores:
-            self._calibration.learn(layer, ahead, scores[absent], used[absent])
+        for ahead, bins, absent in plan.expected:
+            self._calibration.learn(layer, ahead, bins, used[absent])
         size = self._bytes[layer]
         missing = int((used & ~resident).sum())
         self.stats.demanded += size * missing
@@ -141,10 +141,13 @@ class Prefetcher:
         for ahead in range(1, min(self.reach, len(self._bytes) - 1 - layer) + 1):
             target = layer + ahead
             plan = self._plans.setdefault(target, _Plan())
-            scores = self.predictor.predict(layer, ahead)
             absent = resident[target] == 0
-            plan.scores.append((ahead, scores, absent))
-            chance = self._calibration.probability(target, ahead, scores)
+            if not absent.any():
+                continue
+            scores = self.predictor.predict(layer, ahead)
+            bins = bins_of(scores)
+            plan.expected.append((ahead, bins[absent], absent))
+            chance = self._calibration.probability(target, ahead, bins)
             size = self._bytes[target]
             seconds = size / self.bandwidth
             chosen = np.flatnonzero(~absent & (chance >= KEEP)).tolist()
