@@ -1,4 +1,4 @@
-"""A store of records in memory whose reads can be held, delayed and made to fail."""
+"""A store of records in memory whose reads can be held, delayed and made to fail, and its use."""
 
 from __future__ import annotations
 
@@ -52,3 +52,25 @@ class FakeStore:
     def whole(self, record, layer, expert):
         """Whether a record holds this expert, from the first to the last byte."""
         return bool((record == self.mark(layer, expert)).all())
+
+
+def portions(claim):
+    if claim.ready:
+        yield claim.ready
+    yield from claim.arrivals()
+
+
+def serve(cache, layer, experts, **options):
+    """Use experts as an engine does; returns those that were ready."""
+    with cache.begin(layer, experts, **options) as claim:
+        for portion in (claim.ready, *claim.arrivals()):
+            for expert in portion:
+                assert cache.store.whole(cache.record(layer, expert), layer, expert)
+        return claim.ready
+
+
+def settle(cache, hints=True):
+    """Wait until no read is in flight, and no hint is left to read."""
+    with cache._lock:
+        while cache._loads or (hints and cache._hints):
+            assert cache._arrived.wait(30)

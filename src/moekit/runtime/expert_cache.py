@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
+from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
 from moekit.runtime.readers import Load, Purpose, Readers
 from moekit.runtime.residency import Residency, record_sizes
@@ -25,37 +25,6 @@ from moekit.runtime.store import ExpertStore
 
 # Reads in flight: two keep a disk busy while one of them is being checked.
 READERS = 2
-
-
-@dataclass
-class CacheStats:
-    """What an expert cache did.
-
-    `hits` and `misses` are experts by layer and step; a hit was in memory when it was asked for.
-    `prefetch_hits` were there because of a hint, `late` ones were on their way because of one (and
-    are misses). `wasted_bytes` were prefetched and evicted unused. `wait_seconds` is how long
-    claims waited for arrivals, `peak_bytes` the most memory that slots took.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    prefetch_hits: int = 0
-    late: int = 0
-    evictions: int = 0
-    demand_reads: int = 0
-    demand_bytes: int = 0
-    prefetch_reads: int = 0
-    prefetch_bytes: int = 0
-    preload_reads: int = 0
-    preload_bytes: int = 0
-    wasted_bytes: int = 0
-    wait_seconds: float = 0.0
-    peak_bytes: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Demand hits over accesses; 0 without accesses."""
-        return self.hits / max(self.hits + self.misses, 1)
 
 
 class ExpertCache:
@@ -151,7 +120,8 @@ class ExpertCache:
             self._check_open()
             if layer in self._guarding:
                 self._forget_hint(layer)
-            numbers = [expert + first for expert in experts]
+            sizes = self._residency.sizes
+            numbers = [n for expert in experts if sizes[n := expert + first]]
             self._residency.guarded[numbers] = True
             self._guarding.add(layer)
             self._hints_wait = self._hints_wait or wait
@@ -278,6 +248,8 @@ class ExpertCache:
     def _room(self, number: int, victims: Iterator[int]) -> Slot | None:
         memory = self._residency.pool(number // self._experts).memory
         size = int(self._residency.sizes[number])
+        if not size:
+            raise IndexError(f"layer {number // self._experts} has no such expert: {number}")
         while (slot := memory.take(size)) is None:
             victim = next(victims, None)
             if victim is None:

@@ -1,0 +1,278 @@
+"""ExpertCache while it reads: hints, faults, closing, and anything at once."""
+
+import itertools
+import os
+import random
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+from moekit.core.pack import pack
+from moekit.core.packed import PAGE
+from moekit.runtime.expert_cache import ExpertCache
+from moekit.runtime.store import ExpertStore, StoreError
+from tests.core.test_pack import saved, wide
+from tests.runtime.fake_store import FakeStore, portions, serve, settle
+
+
+def test_a_read_that_fails_is_tried_again():
+    store = FakeStore.even(1, 8)
+    store.broken = {(0, 2)}
+    with ExpertCache(store, 3 * PAGE) as cache:
+        for _ in range(3):
+            with cache.begin(0, [1, 2]) as claim, pytest.raises(StoreError, match="expert 2"):
+                list(claim.arrivals())
+            assert not cache.table[0, 2]
+            assert not cache._pins.any()
+        store.broken = set()
+        serve(cache, 0, [1, 2, 3])
+        assert store.reads.count((0, 1)) == 1
+        assert store.reads.count((0, 2)) == 4
+        store.broken = {(0, 5)}
+        with cache.begin(0, [4]) as claim:
+            list(claim.arrivals())
+        with pytest.raises(StoreError, match="expert 5"):
+            serve(cache, 0, [5])
+        assert cache.stats.peak_bytes <= 3 * PAGE
+
+
+def test_errors_of_any_kind_reach_the_claim():
+    store = FakeStore.even(1, 4)
+
+    def fails(layer, expert):
+        raise ZeroDivisionError
+
+    store.before = fails
+    with ExpertCache(store, 2 * PAGE) as cache:
+        with cache.begin(0, [1]) as claim, pytest.raises(ZeroDivisionError):
+            list(claim.arrivals())
+        store.before = lambda layer, expert: None
+        serve(cache, 0, [1])
+
+
+def test_a_hint_is_read_ahead_and_counted():
+    store = FakeStore.even(2, 8)
+    with ExpertCache(store, 6 * PAGE) as cache:
+        serve(cache, 0, [0, 1])
+        cache.hint(1, [3, 5])
+        settle(cache)
+        assert store.reads[2:] == [(1, 3), (1, 5)]
+        assert serve(cache, 1, [5, 6]) == [5]
+        stats = cache.stats
+        assert (stats.hits, stats.misses, stats.prefetch_hits) == (1, 3, 1)
+        assert (stats.prefetch_bytes, stats.demand_bytes) == (2 * PAGE, 3 * PAGE)
+        # Expert 3 leaves unused.
+        for expert in range(8):
+            serve(cache, 0, [expert])
+        assert stats.wasted_bytes == PAGE
+        assert serve(cache, 1, [3]) == []
+
+
+def test_a_hint_keeps_what_is_there_and_takes_no_claimed_room():
+    store = FakeStore.even(2, 8)
+    with ExpertCache(store, 4 * PAGE, policy="lru") as cache:
+        serve(cache, 1, [0])
+        serve(cache, 0, [1, 2, 3])
+        cache.hint(1, [0])
+        serve(cache, 0, [4, 5])
+        # Least recently used, yet kept for its turn.
+        assert serve(cache, 1, [0]) == [0]
+        serve(cache, 0, [6, 7])
+        with cache.begin(0, [1, 2, 3, 4]) as claim:
+            list(claim.arrivals())
+
+            def after_the_claim(layer, expert):
+                assert not cache._pins.any()
+
+            store.before = after_the_claim
+            cache.hint(1, [5, 6])
+            assert (cache.table[0, 1:5] != 0).all()
+        settle(cache)
+        assert store.reads[-2:] == [(1, 5), (1, 6)]
+        assert (cache.table[1, 5:7] != 0).all()
+
+
+def test_a_prefetch_in_flight_becomes_the_demand_read():
+    store = FakeStore.even(2, 8)
+    with ExpertCache(store, 6 * PAGE, readers=2) as cache:
+        began, go_on = store.hold(1, 3)
+        cache.hint(1, [3, 4])
+        assert began.wait(30)
+        claim = cache.begin(1, [3, 6])
+        assert claim.ready == []
+        assert next(claim.arrivals()) == [6]
+        go_on.set()
+        assert list(claim.arrivals()) == [[3]]
+        claim.release()
+        # Expert 4 was only hinted, for a step that is over.
+        assert sorted(store.reads) == [(1, 3), (1, 6)]
+        assert (cache.stats.late, cache.stats.prefetch_hits, cache.stats.misses) == (1, 0, 2)
+
+
+def test_demands_go_before_hints_and_new_hints_replace_old_ones():
+    store = FakeStore.even(3, 8)
+    with ExpertCache(store, 12 * PAGE, readers=1) as cache:
+        began, go_on = store.hold(0, 0)
+        claim = cache.begin(0, [0])
+        assert began.wait(30)
+        cache.hint(1, [1, 2])
+        cache.hint(2, [6])
+        cache.hint(1, [3])
+        other = cache.begin(0, [7])
+        go_on.set()
+        list(claim.arrivals())
+        list(other.arrivals())
+        settle(cache)
+        # Then the hints of the nearest layer.
+        assert store.reads == [(0, 0), (0, 7), (1, 3), (2, 6)]
+        claim.release()
+        other.release()
+
+
+def test_hints_that_wait_come_after_the_next_claim():
+    store = FakeStore.even(2, 8)
+    with ExpertCache(store, 3 * PAGE, readers=1) as cache:
+        serve(cache, 0, [0, 1, 2])
+        before = len(store.reads)
+        cache.hint(1, [3], wait=True)
+        # Room for the hint would have cost one of these.
+        with cache.begin(0, [0, 1, 2]) as claim:
+            assert claim.ready == [0, 1, 2]
+            cache.hint(1, [4], wait=True)
+        serve(cache, 0, [0, 5])
+        settle(cache)
+        assert store.reads[before:] == [(0, 5), (1, 4)]
+
+
+def test_a_prefetch_that_fails_hurts_nobody():
+    store = FakeStore.even(2, 8)
+    store.broken = {(1, 2)}
+    with ExpertCache(store, 4 * PAGE) as cache:
+        cache.hint(1, [2, 3])
+        settle(cache)
+        store.broken = set()
+        assert serve(cache, 1, [2, 3]) == [3]
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_closing_while_reads_are_in_flight(readers):
+    store = FakeStore.even(1, 8)
+    began, go_on = store.hold(0, 0)
+    cache = ExpertCache(store, 4 * PAGE, readers=readers)
+    claim = cache.begin(0, [0, 1, 2])
+    assert began.wait(30)
+    closing = threading.Thread(target=cache.close)
+    closing.start()
+    with pytest.raises(ValueError, match="closed"):
+        list(claim.arrivals())
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    claim.release()
+    with pytest.raises(ValueError, match="closed"):
+        cache.begin(0, [0])
+    cache.close()
+
+
+def test_giving_up_a_claim_gives_its_reads_up():
+    store = FakeStore.even(1, 8)
+    with ExpertCache(store, 3 * PAGE, readers=1) as cache:
+        began, go_on = store.hold(0, 0)
+        with cache.begin(0, [0, 1, 2]):
+            assert began.wait(30)
+        with cache.begin(0, [3, 4]) as claim:
+            go_on.set()
+            assert sorted(itertools.chain(*claim.arrivals())) == [3, 4]
+        assert store.reads == [(0, 0), (0, 3), (0, 4)]
+
+
+class Passing(StoreError):
+    """A fault that is gone at the next read."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_anything_at_once(seed, per_layer):
+    """Random claims, portions, hints and faults, with reads that take their time."""
+    rng = random.Random(seed)
+    store = FakeStore([[rng.choice([1, 1, 2, 4]) for _ in range(8)] for _ in range(3)])
+    delays = random.Random(seed + 1)
+
+    def slow(layer, expert):
+        with cache._lock:
+            assert cache._residency.held <= limit
+        time.sleep(delays.random() * 1e-3)
+        if delays.random() < 0.05:
+            raise Passing("a fault")
+
+    limit = 40 * PAGE
+    with ExpertCache(store, limit, per_layer=per_layer, readers=3) as cache:
+        store.before = slow
+        failures = 0
+        for step in range(150):
+            layer = step % 3
+            cache.hint((layer + 1) % 3, rng.sample(range(8), rng.randrange(5)))
+            experts = rng.sample(range(8), rng.randrange(1, 9))
+            with cache.begin(layer, experts) as claim, suppress(Passing):
+                seen = []
+                failures += 1
+                for portion in portions(claim):
+                    for expert in portion:
+                        assert store.whole(cache.record(layer, expert), layer, expert)
+                    seen += portion
+                    claim.done(portion)
+                    if rng.random() < 0.1:
+                        break
+                else:
+                    assert sorted(seen) == sorted(experts)
+                failures -= 1
+            assert not cache._pins.any()
+        settle(cache, hints=False)
+        inside = cache._residency.sizes[cache.table.reshape(-1) != 0].sum()
+        assert inside <= cache._residency.held <= limit
+        assert failures
+        assert cache.stats.peak_bytes <= limit
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cache")
+    pack(saved(wide(), root / "m"), root / "packed", codec="nested4")
+    return root / "packed"
+
+
+def test_records_of_a_store(packed):
+    with ExpertStore.open(packed) as store:
+        size = store.nbytes(0, 0)
+        with ExpertCache(store, 3 * size) as cache:
+            for expert in range(8):
+                with cache.begin(1, [expert]) as claim:
+                    list(claim.arrivals())
+                    record = cache.record(1, expert)
+                    assert record.data_ptr() == cache.table[1, expert]
+                    pieces = store.fetch(record.clone(), 1, expert)
+                    assert sum(len(piece) for piece in pieces) == len(record) == size
+                    assert b"".join(p.numpy().tobytes() for p in pieces) == (
+                        record.numpy().tobytes()
+                    )
+
+
+def test_a_file_that_is_cut_while_it_is_read(packed, tmp_path):
+    """The expert that is gone raises; those before it still come."""
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with ExpertStore.open(tmp_path) as store, ExpertCache(store, store.expert_bytes) as cache:
+        last = len(store.layers) - 1
+        with cache.begin(last, [0]) as claim:
+            list(claim.arrivals())
+        file = tmp_path / "experts.safetensors"
+        os.truncate(file, file.stat().st_size - store.nbytes(last, 7))
+        for _ in range(2):
+            with cache.begin(last, [0, 6, 7]) as claim, pytest.raises(StoreError, match="shorter"):
+                list(claim.arrivals())
+        with cache.begin(last, [0, 6]) as claim:
+            assert sorted(claim.ready + list(itertools.chain(*claim.arrivals()))) == [0, 6]
+        with pytest.raises(StoreError, match="shorter"):
+            cache.load_all()
