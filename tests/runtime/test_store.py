@@ -153,6 +153,14 @@ def test_a_flipped_byte_in_the_resident_part(copy):
         list(store.resident())
 
 
+def test_the_resident_part_is_read_directly_too(packed):
+    with ExpertStore.open(packed) as store:
+        store.read(0, 0)
+        can = store.direct
+        dict(store.resident())
+        assert store.direct == can
+
+
 def test_experts_that_changed_places(copy):
     with ExpertStore.open(copy) as store:
         file, one, size = place(store, 0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from moekit.core.port import SeamCall
@@ -36,6 +37,9 @@ class Prefetching:
     def _observe(self, layer: int, ids: ArrayLike, hidden: ArrayLike) -> None:
         self._time_layer(layer)
         table = self._cache.table
+        # Choices beyond the experts are those that nothing is read for, such as identities.
+        chosen = np.asarray(ids)
+        chosen = np.where(chosen < table.shape[1], chosen, -1)
         hints = self.prefetcher.begin(None, table) if layer == 0 else []
         reads = self.prefetcher.predictor.reads_hidden
         for hint in (

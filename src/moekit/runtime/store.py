@@ -185,7 +185,9 @@ class ExpertStore:
     def _resident(self, name: str, info: TensorInfo) -> Tensor:
         record = self._records[name]
         data = torch.empty(record.size, dtype=torch.uint8)
-        buffer = page_aligned(min(BUFFER_BYTES, record.size + 2 * PAGE))
+        # Whole pages, as direct reads need, and one more for where the tensor begins in its first.
+        pages = -(-record.size // PAGE) + 1
+        buffer = page_aligned(min(BUFFER_BYTES, pages * PAGE))
         crc, done = 0, 0
         while done < record.size:
             start = record.offset + done

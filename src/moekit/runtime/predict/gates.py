@@ -137,7 +137,8 @@ def _norm_before(layer: MoELayer, modules: dict[str, nn.Module]) -> tuple[Tensor
     parent = modules.get(layer.name.rpartition(".")[0])
     for name in NORM_NAMES:
         norm = getattr(parent, name, None)
-        if isinstance(norm, nn.Module):
+        # longcat_flash has a list of two norms.
+        if isinstance(norm, nn.Module) and not isinstance(norm, nn.ModuleList):
             return _affine(norm, layer.router_width)
     return None
 
