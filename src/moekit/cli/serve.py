@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,11 +15,33 @@ from moekit.cli.common import (
     ModelArgument,
     ThreadsOption,
     note,
+    progress,
     set_up,
     table_lines,
 )
+from moekit.cli.engine import (
+    CodecOption,
+    ExpertCacheOption,
+    MaxContextOption,
+    MemoryOption,
+    PolicyOption,
+    PredictorOption,
+    PrefetchOption,
+    ResidentCodecOption,
+    RunnerName,
+    RunnerOption,
+    engine_options,
+)
 from moekit.core.errors import UserError
+from moekit.core.memory import format_bytes
 
+if TYPE_CHECKING:
+    from socket import socket
+
+    from moekit.runtime.engine import Engine
+    from moekit.serve.service import Service
+
+NEEDED = ("starlette", "uvicorn")
 LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -31,16 +53,11 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 8000,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="BYTES|auto", help="Limit of the process's memory, as 6GiB."),
-    ] = None,
+    memory: MemoryOption = None,
     max_streams: Annotated[
         int | None, typer.Option(min=1, help="Sequences generated at one time.")
     ] = None,
-    max_context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of prompt and answer; at most the model's.")
-    ] = None,
+    max_context: MaxContextOption = None,
     queue: Annotated[
         int, typer.Option(min=0, help="Sequences that may wait; more are answered with 503.")
     ] = 64,
@@ -71,6 +88,13 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Print a line for every request.")
     ] = False,
+    expert_cache: ExpertCacheOption = None,
+    codec: CodecOption = None,
+    resident_codec: ResidentCodecOption = None,
+    policy: PolicyOption = None,
+    predictor: PredictorOption = None,
+    prefetch: PrefetchOption = None,
+    runner: RunnerOption = RunnerName.auto,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
     seed: Annotated[
@@ -85,66 +109,98 @@ def serve(
     _check_extra()
     from moekit.core.load import resolve_model
     from moekit.core.memory import bytes_of
-    from moekit.serve.server import bind, url
-    from moekit.serve.server import serve as run
+    from moekit.serve.server import bind
 
+    # What is wrong with these is said before a model is read, which may take minutes.
     body_bytes = bytes_of(max_body)
     resolve_model(model)
-    bound = bind(host, port)
-    set_up(seed, threads)
-
-    import moekit
-    from moekit.serve.app import build_app
-    from moekit.serve.guard import HttpLimits
-    from moekit.serve.service import Service
-
-    with moekit.open_engine(
-        model,
-        memory,
-        threads,
-        dtype=None if dtype is Dtype.auto else dtype.value,
-        max_context=max_context,
-        streams=max_streams,
-    ) as engine:
-        if engine.tokenizer is None:
-            raise UserError(f"{model} has no tokenizer, so it cannot read text")
-        service = Service(
-            engine,
-            name or Path(model).resolve().name,
-            queue=queue,
-            chunk=chunk,
-            reuse_prefixes=prefix_reuse,
-            seed=seed,
-        )
-        app = build_app(service, HttpLimits(body_bytes=body_bytes), api_key=api_key)
-        address = url(bound)
-
-        def ready() -> None:
-            facts = _facts(service, address)
-            print(json.dumps(facts) if as_json else _lines(facts), flush=True)
-
+    with bind(host, port) as bound:
         if api_key is None and host not in LOCAL_HOSTS:
-            note(f"warning: {host} without --api-key lets anyone who reaches this machine in")
-        run(app, service.scheduler, bound, grace=grace, on_ready=ready, access_log=access_log)
+            note(f"warning: {host} without --api-key lets anyone in who reaches this machine")
+        set_up(seed, threads)
+        options = engine_options(
+            memory=memory,
+            expert_cache=expert_cache,
+            codec=codec,
+            resident_codec=resident_codec,
+            policy=policy,
+            predictor=predictor,
+            prefetch=prefetch,
+            max_context=max_context,
+            streams=max_streams,
+            runner=runner,
+        )
+        # Before the engine is opened, which measures what the program takes.
+        from moekit.serve.app import build_app
+        from moekit.serve.guard import HttpLimits
+        from moekit.serve.server import serve as answer
+        from moekit.serve.service import Service
+
+        with _opened(model, options, dtype, threads) as engine:
+            service = Service(
+                engine,
+                name or Path(model).resolve().name,
+                queue=queue,
+                chunk=chunk,
+                reuse_prefixes=prefix_reuse,
+                seed=seed,
+            )
+            answer(
+                build_app(service, HttpLimits(body_bytes=body_bytes), api_key=api_key),
+                service.scheduler,
+                bound,
+                grace=grace,
+                on_ready=lambda: _announce(service, bound, as_json),
+                access_log=access_log,
+            )
 
 
 def _check_extra() -> None:
-    missing = [n for n in ("starlette", "uvicorn") if importlib.util.find_spec(n) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"moekit serve needs {' and '.join(missing)}: pip install 'moekit[serve]'")
 
 
-def _facts(service: Any, address: str) -> dict[str, Any]:
-    limits = service.limits
-    return {
-        "url": f"{address}/v1",
-        "model": service.name,
-        "streams": limits.streams,
-        "context": limits.context,
-        "queue": limits.queue,
-    }
+def _opened(model: str, options: dict[str, Any], dtype: Dtype, threads: int | None) -> Engine:
+    import moekit
+
+    with progress("packing", "B") as update:
+        engine = moekit.open_engine(
+            model,
+            threads=threads,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            progress=update,
+            note=note,
+            **options,
+        )
+    if engine.tokenizer is None:
+        engine.close()
+        raise UserError(f"{model} has no tokenizer, so it cannot read text")
+    return engine
 
 
-def _lines(facts: dict[str, Any]) -> str:
-    rows = [[key, value] for key, value in facts.items()]
-    return "\n".join([f"{facts['model']} at {facts['url']}", *table_lines(rows)])
+def _announce(service: Service, bound: socket, as_json: bool) -> None:
+    """Where the server is and what it can hold."""
+    from moekit.serve.server import url
+
+    limits, engine = service.limits, service.engine
+    address = f"{url(bound)}/v1"
+    if as_json:
+        facts: dict[str, Any] = {
+            "url": address,
+            "model": service.name,
+            "streams": limits.streams,
+            "context": limits.context,
+            "queue": limits.queue,
+            "memory": None if engine.budget is None else engine.budget.to_dict(),
+        }
+        print(json.dumps(facts), flush=True)
+        return
+    lines = list(engine.notes)
+    if engine.budget is not None:
+        rows = [(part, format_bytes(count), why) for part, count, why in engine.budget.rows()]
+        lines += table_lines(rows)
+    lines.append(
+        f"{limits.streams} streams of {limits.context} tokens, {limits.queue} more sequences queue"
+    )
+    print("\n".join([*lines, f"{service.name} at {address}"]), flush=True)
