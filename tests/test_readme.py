@@ -18,6 +18,8 @@ PAGES = [
     "docs/extend.md",
     "docs/guides/export-gguf.md",
 ]
+# Their commands take minutes; those of the pages above go through the same verbs.
+LONG = ["docs/guides/profile.md", "docs/guides/analyze.md", "docs/guides/report.md"]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
@@ -39,7 +41,9 @@ def run(language, code, folder):
     )
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(pytest.param(page, marks=pytest.mark.slow) for page in LONG)]
+)
 def test_snippets_run(page, tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     found = snippets(page)
@@ -51,7 +55,7 @@ def test_snippets_run(page, tmp_path):
             assert done.stdout.strip() or language == "python"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/index.md"])
+@pytest.mark.parametrize("page", [*PAGES, *LONG, "docs/index.md"])
 def test_links_lead_somewhere(page):
     for target in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         if not target.startswith("http"):
