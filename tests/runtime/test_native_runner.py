@@ -80,6 +80,20 @@ def test_logits_are_those_of_transformers(packed, family):
     assert (logits - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(20, 1, 8), (6, 2, 72), (4, 4, 256)])
+def test_heads_of_any_number_and_width(packed, heads, kv_heads, dim):
+    model, store = packed(
+        "mixtral", num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim
+    )
+    ids = prompt(70)  # several blocks of keys
+    expected = reference(model, ids)
+    runner = NativeRunner(store, threads=2)
+    logits, _ = run(runner, ids, all_positions=True)
+    assert (logits - expected).abs().max() <= CLOSE * expected.abs().max()
+    seq = runner.new_sequence(70)
+    assert torch.equal(torch.cat([runner.forward([seq], [[token]]) for token in ids]), logits)
+
+
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_greedy_tokens_are_those_of_transformers(packed, family, batch):
