@@ -44,7 +44,7 @@ class Prefetching:
         reads = self.prefetcher.predictor.reads_hidden
         for hint in (
             *hints,
-            *self.prefetcher.observe(layer, ids, hidden if reads else None, table),
+            *self.prefetcher.observe(layer, chosen, hidden if reads else None, table),
         ):
             # This layer's own experts are asked for next, and come first.
             self._cache.hint(hint.layer, hint.ids, wait=True)
