@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model):
-    with serving(model) as running:
+    with serving(model, "--max-streams", "32") as running:
         yield running
 
 

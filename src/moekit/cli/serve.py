@@ -54,9 +54,8 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")
     ] = 8000,
     memory: MemoryOption = None,
-    max_streams: Annotated[
-        int | None, typer.Option(min=1, help="Sequences generated at one time.")
-    ] = None,
+    expert_cache: ExpertCacheOption = None,
+    max_streams: Annotated[int, typer.Option(min=1, help="Sequences generated at one time.")] = 8,
     max_context: MaxContextOption = None,
     queue: Annotated[
         int, typer.Option(min=0, help="Sequences that may wait; more are answered with 503.")
@@ -88,7 +87,6 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Print a line for every request.")
     ] = False,
-    expert_cache: ExpertCacheOption = None,
     codec: CodecOption = None,
     resident_codec: ResidentCodecOption = None,
     policy: PolicyOption = None,
