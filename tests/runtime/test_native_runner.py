@@ -261,7 +261,7 @@ def test_what_it_holds_is_what_it_says(packed):
     runner = NativeRunner(store, max_rows=32)
     stored = sum(tensor.nbytes for _, tensor in store.resident())
     assert runner.resident_bytes == stored
-    assert runner.kv_bytes_per_token == 3 * 2 * (8 + 16) * 4  # layers, heads, key and value, bytes
+    assert runner.kv_bytes_per_token == 3 * 2 * (8 + 32) * 4  # layers, heads, key and value, bytes
     assert runner.scratch_bytes > 0
     seq = runner.new_sequence(100)
     runner.drop(seq)

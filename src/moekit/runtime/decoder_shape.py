@@ -176,6 +176,7 @@ class _Reader:
         self._check(width % _LANES == 0, f"a width of {width} is no multiple of {_LANES}")
         widest = max(dim, value_dim)
         self._check(widest <= MAX_HEAD_DIM, f"heads of {widest} are wider than {MAX_HEAD_DIM}")
+        self._check(dim % 2 == 0, f"heads of an odd width, {dim}")
         shared = heads.heads % heads.kv_heads == 0
         self._check(shared, f"{heads.heads} heads do not share {heads.kv_heads} key heads")
         parts = [self.config.rope_parameters]

@@ -15,7 +15,9 @@ constexpr int TILE = 4;          // queries whose scores are computed together
 constexpr int MAX_QUERIES = 16;  // queries that share a pass over the keys
 constexpr float NOTHING = -1e30f;  // below every score, yet finite: differences stay numbers
 
-int64_t value_stride(const KvShape& shape) { return (shape.value_dim + LANES - 1) / LANES * LANES; }
+constexpr int TWO = 2 * LANES;
+
+int64_t value_stride(const KvShape& shape) { return (shape.value_dim + TWO - 1) / TWO * TWO; }
 
 template <class Element>
 struct Head {
@@ -28,20 +30,24 @@ struct Head {
     }
 };
 
-INLINE void set(float* p, float value) { *p = value; }
-INLINE void set(uint16_t* p, float value) { *p = to_bfloat16(value); }
+INLINE void set(float* p, int at, float value) { p[at] = value; }
+
+INLINE void set(uint16_t* p, int at, float value) {
+    p[at / TWO * TWO + at % LANES * 2 + at / LANES % 2] = to_bfloat16(value);
+}
 
 template <class Element>
 void append(const KvShape& shape, int layer, const Row& row, const float* keys,
             const float* values) {
-    int dim = shape.head_dim;
+    int dim = shape.head_dim, value_dim = shape.value_dim;
     int64_t position = row.position;
     for (int h = 0; h < shape.kv_heads; h++) {
         Head<Element> head(shape, row, layer, h);
-        Element* key = head.keys + position / LANES * LANES * dim + position % LANES;
+        Element* key = head.keys + position / LANES * LANES * dim;
         Element* value = head.values + position * value_stride(shape);
-        for (int i = 0; i < dim; i++) set(key + i * LANES, keys[h * dim + i]);
-        for (int i = 0; i < shape.value_dim; i++) set(value + i, values[h * shape.value_dim + i]);
+        int lane = position % LANES;
+        for (int i = 0; i < dim; i++) set(key, i * LANES + lane, keys[h * dim + i]);
+        for (int i = 0; i < value_dim; i++) set(value, i, values[h * value_dim + i]);
     }
 }
 
@@ -51,12 +57,20 @@ INLINE void score_tile(const float* const* queries, const Element* keys, int dim
                        float (*scores)[KEY_BLOCK]) {
     constexpr int PARTS = KEY_BLOCK / LANES;
     Lanes total[N][PARTS] = {};
-    for (int i = 0; i < dim; i++) {
-        Lanes key[PARTS];
-        for (int part = 0; part < PARTS; part++)
-            key[part] = load(keys + ((int64_t)part * dim + i) * LANES);
-        for (int n = 0; n < N; n++)
-            for (int part = 0; part < PARTS; part++) total[n][part] += queries[n][i] * key[part];
+    for (int i = 0; i < dim; i += 2) {
+        Lanes first[N], second[N];
+        for (int n = 0; n < N; n++) {
+            first[n] = all(queries[n][i]);
+            second[n] = all(queries[n][i + 1]);
+        }
+        for (int part = 0; part < PARTS; part++) {
+            Lanes key[2];
+            load_two(keys + ((int64_t)part * dim + i) * LANES, key[0], key[1]);
+            for (int n = 0; n < N; n++) {
+                total[n][part] += first[n] * key[0];
+                total[n][part] += second[n] * key[1];
+            }
+        }
     }
     for (int n = 0; n < N; n++)
         for (int part = 0; part < PARTS; part++)
@@ -67,24 +81,19 @@ INLINE void score_tile(const float* const* queries, const Element* keys, int dim
 template <int N, class Element>
 INLINE void value_tile(float (*weights)[KEY_BLOCK], const float* keep, const Element* values,
                        int64_t stride, int count, float (*out)[MAX_HEAD_DIM]) {
-    for (int64_t start = 0; start < stride; start += 4 * LANES) {
-        int parts = (int)std::min<int64_t>(4, (stride - start) / LANES);
+    for (int64_t start = 0; start < stride; start += 2 * TWO) {
+        bool both = start + TWO < stride;
         Lanes total[N][4] = {};
         for (int j = 0; j < count; j++) {
             const Element* value = values + j * stride + start;
-            if (parts == 4) {
-                Lanes v[4];
-                for (int part = 0; part < 4; part++) v[part] = load(value + part * LANES);
-                for (int n = 0; n < N; n++)
-                    for (int part = 0; part < 4; part++) total[n][part] += weights[n][j] * v[part];
-            } else {
-                for (int part = 0; part < parts; part++)
-                    for (int n = 0; n < N; n++)
-                        total[n][part] += weights[n][j] * load(value + part * LANES);
-            }
+            Lanes v[4] = {};
+            load_two(value, v[0], v[1]);
+            if (both) load_two(value + TWO, v[2], v[3]);
+            for (int n = 0; n < N; n++)
+                for (int part = 0; part < 4; part++) total[n][part] += weights[n][j] * v[part];
         }
         for (int n = 0; n < N; n++)
-            for (int part = 0; part < parts; part++) {
+            for (int part = 0; part < (both ? 4 : 2); part++) {
                 float* at = out[n] + start + part * LANES;
                 store(at, load(at) * keep[n] + total[n][part]);
             }
@@ -111,10 +120,13 @@ INLINE float soften(float* scores, const Query& query, int base, float& highest,
     for (int j = LANES; j < KEY_BLOCK; j += LANES) top = larger(top, load(scores + j));
     float before = highest;
     highest = std::max(before, largest(top));
+    if (highest == NOTHING) {  // none of the keys so far is seen
+        std::fill(scores, scores + KEY_BLOCK, 0.0f);
+        return 1.0f;
+    }
     Lanes added = {};
     for (int j = 0; j < KEY_BLOCK; j += LANES) {
-        Lanes raw = load(scores + j);
-        Lanes weight = raw > 0.5f * NOTHING ? exponential(raw - highest) : all(0.0f);
+        Lanes weight = exponential(load(scores + j) - highest);
         store(scores + j, weight);
         added += weight;
     }
@@ -224,11 +236,6 @@ std::vector<Piece> cut(const Attention& how, const Row* rows, int T) {
 }
 
 }  // namespace
-
-int64_t kv_bytes(const KvShape& shape, int64_t capacity) {
-    int64_t numbers = capacity * (shape.head_dim + value_stride(shape));
-    return shape.layers * shape.kv_heads * numbers * (shape.is_bf16 ? 2 : 4);
-}
 
 void kv_append(const KvShape& shape, int layer, const Row& row, const float* keys,
                const float* values) {

@@ -16,7 +16,8 @@ constexpr int MAX_HEAD_DIM = 256;
 
 // A sequence's memory is, for each layer and key head, the keys and then the values. Keys lie in
 // blocks of 16 positions, [capacity / 16, head_dim, 16], so that a vector holds one coordinate of
-// 16 keys and scores need no sums across lanes; values are [capacity, value_dim rounded up to 16].
+// 16 keys and scores need no sums across lanes; values are [capacity, value_dim rounded up to 32].
+// In bf16 every two vectors of 16 numbers are stored as pairs, see `load_two`.
 struct KvShape {
     int32_t layers, kv_heads, head_dim, value_dim, is_bf16;
 };
@@ -27,9 +28,6 @@ struct Attention {
     float scale;
     const float* sinks;  // [heads] or null: scores of a key whose value is zero
 };
-
-// Bytes that `capacity` positions of a sequence take.
-int64_t kv_bytes(const KvShape& shape, int64_t capacity);
 
 // Stores keys [kv_heads * head_dim] and values [kv_heads * value_dim] of one row and layer.
 void kv_append(const KvShape& shape, int layer, const Row& row, const float* keys,

@@ -98,7 +98,7 @@ class KvShape(Structure):
     def nbytes(self, capacity: int) -> int:
         """Bytes of the memory of a sequence with room for `capacity` positions."""
         padded = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-        width = self.head_dim + -(-self.value_dim // 16) * 16
+        width = self.head_dim + -(-self.value_dim // 32) * 32
         return self.layers * self.kv_heads * padded * width * (2 if self.is_bf16 else 4)
 
 

@@ -40,6 +40,20 @@ INLINE Lanes load(const uint16_t* p) {
     return (Lanes)w;
 }
 
+// Two vectors from 2 * LANES numbers. Of bf16, which are the upper halves of floats, number 2 i
+// belongs to the first and 2 i + 1 to the second, so that no lane has to move.
+INLINE void load_two(const float* p, Lanes& first, Lanes& second) {
+    first = load(p);
+    second = load(p + LANES);
+}
+
+INLINE void load_two(const uint16_t* p, Lanes& first, Lanes& second) {
+    WordLanes words;
+    memcpy(&words, p, sizeof words);
+    first = (Lanes)(words << 16);
+    second = (Lanes)(words & 0xffff0000u);
+}
+
 INLINE void store(float* p, Lanes v) { memcpy(p, &v, sizeof v); }
 
 INLINE Lanes all(float value) { return Lanes{} + value; }
