@@ -129,6 +129,19 @@ def test_all_experts_stay_where_they_fit(packed):
         assert engine.stats.misses == first <= 8
 
 
+def test_the_rest_is_read_beside_the_first_steps(packed):
+    with moekit.open_engine(packed) as engine:
+        assert not engine.cache.complete
+        made = engine.generate(PROMPTS, 40)
+        for _ in range(1000):
+            if engine.runner.observer is None:
+                break
+            engine.generate(PROMPTS, 2)
+        # From here on whole steps are one call.
+        assert engine.cache.complete
+        assert engine.generate(PROMPTS, 40) == made
+
+
 def test_sequences_beyond_the_streams_wait(packed):
     with moekit.open_engine(packed, streams=2, max_context=64) as engine:
         few = engine.generate(PROMPTS * 2, 6)

@@ -35,7 +35,7 @@ from moekit.runtime.native_runner import NativeRunner
 from moekit.runtime.predict.files import make_predictor
 from moekit.runtime.predict.gates import Gate, gates_of
 from moekit.runtime.predict.predictor import Predictor
-from moekit.runtime.prefetch import Prefetching, new_prefetcher
+from moekit.runtime.prefetch import Filling, Prefetching, new_prefetcher
 from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
 from moekit.runtime.store import ExpertStore
@@ -152,7 +152,8 @@ class _Opening:
             raise UserError("resident_codec needs the native runner, which does not run this model")
         model = resident_model(self.store, self.config, self.dtype)
         runner = GraphRunner(model)
-        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        held = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+        tensors = {t.data_ptr(): t.nbytes for t in held}
         kv_cache = self.streams * runner.cache_size.nbytes(self.context)
         largest = max(layer.params_per_expert for layer in self.spec.per_layer)
         scratch = runner.scratch_bytes(self.context, self.streams, largest)
@@ -189,6 +190,9 @@ class _Opening:
         prefetching = self._prefetching(cache, budget, lambda: _native_gates(runner, self.spec))
         if prefetching is not None:
             runner.observer = prefetching.routed
+        elif budget.complete and self.request.prefetch:
+            # Whole steps in one call need every expert in memory, also those never chosen.
+            runner.observer = Filling(cache, lambda: setattr(runner, "observer", None)).routed
         return runner, budget, cache
 
     def _prefetching(

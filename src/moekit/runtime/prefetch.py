@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,29 @@ class Prefetching:
             mean = self.prefetcher.layer_seconds
             self.prefetcher.layer_seconds = max(0.0, mean + NEWEST * (seconds - mean))
         self._last = now
+
+
+class Filling:
+    """Reads the rest of the experts beside the first steps, where all of them fit.
+
+    `done` is called once when every expert is in memory.
+    """
+
+    def __init__(self, cache: ExpertCache, done: Callable[[], None]) -> None:
+        self._cache = cache
+        self._done = done
+
+    def routed(self, routed: Routed) -> None:
+        """What the native runner tells of a layer; the last one of a step gives the occasion."""
+        if routed.layer + 1 < len(self._cache.table):
+            return
+        if self._cache.complete:
+            self._done()
+            return
+        for layer, described in enumerate(self._cache.store.layers):
+            missing = np.flatnonzero(self._cache.table[layer, : described.num_experts] == 0)
+            if len(missing):
+                self._cache.hint(layer, missing.tolist(), wait=True)
 
 
 def new_prefetcher(
