@@ -162,6 +162,7 @@ def test_wrong_requests_are_told_why(body, status, words):
         ({"top_logprobs": 2}, "only allowed when logprobs is true"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "may not have chat_template"),
         ({"max_tokens": 500}, "context length is 128 tokens, but you requested 5"),
     ],
 )
@@ -182,6 +183,17 @@ def test_no_chat_template_is_said():
         status, answer, _ = server.call("/v1/chat/completions", CHAT)
         assert status == 400
         assert "only one system message, please" in answer["error"]["message"]
+
+
+def test_templates_get_their_own_arguments():
+    template = "{{ mood }}{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with running(chat_template=template) as server:
+        asked = {**CHAT, "messages": [{"role": "developer", "content": "x"}], "max_tokens": 1}
+        for mood in ("", "merry"):
+            body = {**asked, "chat_template_kwargs": {"mood": mood}}
+            _, answer, _ = server.call("/v1/chat/completions", body)
+            wanted = len(server.tokenizer(f"{mood}system")["input_ids"])
+            assert answer["usage"]["prompt_tokens"] == wanted
 
 
 def test_wrong_ways_in():

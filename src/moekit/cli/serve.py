@@ -171,10 +171,16 @@ def _opened(model: str, options: dict[str, Any], dtype: Dtype, threads: int | No
             note=note,
             **options,
         )
+    config = engine.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or engine.max_context
     if engine.tokenizer is None:
-        engine.close()
-        raise UserError(f"{model} has no tokenizer, so it cannot read text")
-    return engine
+        problem = f"{model} has no tokenizer, so it cannot read text"
+    elif engine.max_context > longest:
+        problem = f"--max-context {engine.max_context} is more than the model's {longest}"
+    else:
+        return engine
+    engine.close()
+    raise UserError(problem)
 
 
 def _announce(service: Service, bound: socket, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
@@ -36,6 +37,11 @@ def chat_prompt(tokenizer: Any, request: ChatRequest, context: int) -> Prompt:
             "This model has no chat template, so it cannot chat: use /v1/completions",
             param="messages",
         )
+    # What the tokenizer itself takes is not the client's to set: a template of its own, say.
+    own = request.chat_template_kwargs.keys() & signature(tokenizer.apply_chat_template).parameters
+    if own:
+        message = f"chat_template_kwargs may not have {min(own)}"
+        raise ApiError(400, message, param="chat_template_kwargs")
     messages = [_message(message.model_dump(exclude_none=True)) for message in request.messages]
     try:
         ids = tokenizer.apply_chat_template(
