@@ -29,8 +29,8 @@ def packed(tmp_path_factory):
     """family -> its tiny model and an open store of it, packed once."""
     made = {}
 
-    def get(family, **changes):
-        key = (family, *changes.items())
+    def get(family, codec="fp32", **changes):
+        key = (family, codec, *changes.items())
         if key not in made:
             config = TINY[family]()
             for name, value in changes.items():
@@ -38,7 +38,7 @@ def packed(tmp_path_factory):
             model = build_tiny(family, config=config)
             root = tmp_path_factory.mktemp(family)
             model.save_pretrained(root / "m")
-            pack(root / "m", root / "p", codec="fp32")
+            pack(root / "m", root / "p", codec=codec)
             made[key] = model, ExpertStore.open(root / "p")
         return made[key]
 
@@ -111,11 +111,21 @@ def test_greedy_tokens_are_those_of_transformers(packed, family, batch):
 
 @pytest.mark.parametrize("family", FIRST)
 def test_bits_do_not_depend_on_chunks_threads_or_neighbours(packed, family):
-    _, store = packed(family)
+    check_bits(packed(family)[1])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3-zp", "nested4", "bf16"])
+def test_bits_of_encoded_weights_depend_on_nothing_else_either(packed, name):
+    _, store = packed("qwen2_moe", name, moe_intermediate_size=64, intermediate_size=64)
+    check_bits(store, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
+    check_bits(store, codec=make_codec("int4"))
+
+
+def check_bits(store, **options):
     ids = prompt(37)
-    whole, _ = run(NativeRunner(store), ids, all_positions=True)
+    whole, _ = run(NativeRunner(store, **options), ids, all_positions=True)
     for threads, max_rows in ((1, 5), (2, 16), (3, 256)):
-        other = NativeRunner(store, threads=threads, max_rows=max_rows)
+        other = NativeRunner(store, threads=threads, max_rows=max_rows, **options)
         assert torch.equal(run(other, ids, all_positions=True)[0], whole)
     seqs = [other.new_sequence(64) for _ in range(3)]
     together = other.forward(seqs, [prompt(11), ids, prompt(3)], all_positions=True)
