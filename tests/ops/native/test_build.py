@@ -7,6 +7,7 @@ import sys
 import time
 import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,6 +158,13 @@ def test_idle_threads_sleep(kernels):
     pool.close()
     # Half a second of spinning would be half a second; the spin ends after a ten-thousandth.
     assert (after.user + after.system) - (before.user + before.system) < 0.2
+
+
+def test_reading_memory_reads_all_of_it(kernels):
+    data = torch.randint(0, 2**62, (3, 2**17 + 16), dtype=torch.int64)
+    pool = native.Pool(kernels, 2)
+    assert pool.read_memory(data) == int(np.bitwise_xor.reduce(data.numpy(), axis=None))
+    pool.close()
 
 
 def test_a_closed_pool_can_be_closed_again(kernels):

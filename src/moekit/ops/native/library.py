@@ -148,6 +148,13 @@ class Pool:
             accumulate,
         )
 
+    def read_memory(self, data: Tensor) -> int:
+        """Read all of `data` and do nothing with it, to measure how fast memory is read.
+
+        Returns the exclusive or of its 64-bit words, of whole lines of 64 bytes.
+        """
+        return self.c.read_memory(self.handle, data.data_ptr(), data.nbytes)
+
 
 @functools.cache
 def library() -> Library | None:

@@ -100,6 +100,9 @@ void combine(Pool*, const float* out_pairs, const int32_t* pair_of, const float*
 // CRC-32 as zlib computes it, continuing from `crc` (0 to begin).
 uint32_t crc32_fast(uint32_t crc, const void* data, size_t size);
 
+// Reads every whole line of 64 bytes on all threads; returns their words combined by exclusive or.
+uint64_t read_memory(Pool*, const void* data, size_t size);
+
 // The instruction set in use: "avx512", "avx2" or "plain". MOEKIT_ISA forces one that the machine
 // has; native_supports says whether it does.
 const char* native_isa(void);

@@ -84,6 +84,7 @@ FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ffn": (None, (_P, POINTER(FfnJob), _I, _P, _P, _I, _P)),
     "combine": (None, (_P, _P, _P, _P, _I, _I, _I, _P, _I)),
     "crc32_fast": (ctypes.c_uint32, (ctypes.c_uint32, _P, ctypes.c_size_t)),
+    "read_memory": (ctypes.c_uint64, (_P, _P, ctypes.c_size_t)),
     "native_isa": (c_char_p, ()),
     "native_supports": (_I, (c_char_p,)),
 }
