@@ -58,8 +58,7 @@ struct DecoderModel {
 
 struct Decoder;
 
-// Copies the model, not the weights; `pool` and all memory must outlive the decoder. Null where a
-// size is beyond what the kernels hold.
+// Copies the model, not the weights; `pool` and all memory must outlive the decoder.
 Decoder* decoder_new(const DecoderModel* model, Pool* pool);
 void decoder_free(Decoder*);
 // Bytes that a decoder holds for steps of up to max_rows rows.
