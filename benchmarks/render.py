@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from render_cache import cache_policies
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory
 from tables import machine, table
 
@@ -311,6 +312,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_memory": profile_memory,
     "analyze_trace": analyze_trace,
     "convert_memory": convert_memory,
+    "cache_policies": cache_policies,
     "gguf_llama_cpp": gguf_llama_cpp,
     "run_in_memory_r1": run_in_memory,
     "run_in_memory_r2": run_in_memory,
