@@ -64,6 +64,24 @@ def test_options_of_the_cache(moekit, packed):
         assert result["engine"]["misses"] > 8
 
 
+def test_dry_run_forecasts_and_loads_nothing(moekit, tiny, packed, monkeypatch):
+    monkeypatch.setattr("moekit.open_engine", None)
+    for model in (packed, tiny):
+        result = moekit("run", model, "--memory", "3GB", "--dry-run", "--json").json
+        assert result["dry_run"]
+        assert result["memory"]["limit"] == 3 * 10**9
+        assert result["tokens_per_second"] > 0
+        assert result["hit_rate"] == 1
+    done = moekit("run", packed, "--expert-cache", "30kB", "--dry-run")
+    assert re.search(r"forecast: [\d.]+ tokens/s", done.out)
+    assert "expert cache" in done.out
+
+
+def test_forecast_stands_beside_the_measurement(moekit, packed):
+    done = moekit("run", packed, PROMPT, "--memory", "3GB", *GREEDY)
+    assert re.search(r"forecast [\d.]+ tokens/s .*; measured [\d.]+", done.err)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from moekit.cli.common import (
+    DryRunOption,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -94,6 +95,7 @@ def run(
     runner: RunnerOption = RunnerName.auto,
     dtype: DtypeOption = Dtype.auto,
     threads: ThreadsOption = None,
+    dry_run: DryRunOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -111,6 +113,11 @@ def run(
         runner=runner,
     )
     with output(as_json) as out:
+        if dry_run:
+            from moekit.cli.run_engine import forecast
+
+            forecast(model, options, threads, out)
+            return
         text = _read_prompt(prompt, file, as_json)
         with _open(model, options, dtype, seed, threads, num_beams) as speaker:
             if text is None:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moekit.cli.common import Dtype, note, progress, set_up, table_lines
+from moekit.cli.common import Dtype, Output, note, progress, set_up, table_lines
 from moekit.core.errors import UserError
 from moekit.core.memory import format_bytes
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
 
+    from moekit.runtime.budget import Budget
     from moekit.runtime.engine import Engine
+    from moekit.runtime.forecast_decode import DecodePlan
     from moekit.runtime.generate import Generation
 
 
 class EngineSpeaker:
-    """An engine that generates text."""
+    """An engine that generates text, and what was forecast of it."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Engine, seed: int, plan: DecodePlan | None) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
-        self._seed = seed
+        self._seed, self._plan = seed, plan
 
     def generate(self, encoded: BatchEncoding, **options: Any) -> Generation:
         """Continue one encoded prompt; what the experts cost is noted."""
@@ -35,6 +37,13 @@ class EngineSpeaker:
             note(
                 f"[experts: {stats.hit_rate:.1%} of {stats.hits + stats.misses} in memory, "
                 f"{format_bytes(stats.bytes_read)} read; peak {format_bytes(stats.peak_bytes)}]"
+            )
+        if self._plan is not None:
+            known = self._plan.at(stats.hit_rate).tokens_per_second
+            note(
+                f"[forecast {self._plan.forecast.tokens_per_second:.1f} tokens/s for routing that "
+                f"never repeats itself, {known:.1f} for this share in memory; measured "
+                f"{done.tokens_per_second:.1f}]"
             )
         return done
 
@@ -48,6 +57,8 @@ class EngineSpeaker:
         }
         if self.engine.budget is not None:
             values["memory"] = self.engine.budget.to_dict()
+        if self._plan is not None:
+            values["forecast"] = self._plan.to_dict()
         return {"engine": values}
 
 
@@ -62,6 +73,12 @@ def opened(
     set_up(seed, threads)
     import moekit
 
+    plan = None
+    if "memory" in options:
+        # Before anything is loaded: its probe of the memory would count on top. What does not fit
+        # is refused by the engine, which knows the sizes exactly.
+        with suppress(UserError):
+            plan = _plan(model, options, threads)
     with progress("packing", "B") as update:
         engine = moekit.open_engine(
             model,
@@ -77,6 +94,47 @@ def opened(
         for line in engine.notes:
             note(line)
         if engine.budget is not None:
-            rows = [(name, format_bytes(n), text) for name, n, text in engine.budget.rows()]
-            note("\n".join(table_lines(rows)))
-        yield EngineSpeaker(engine, seed)
+            note("\n".join(table_lines(_rows(engine.budget))))
+        yield EngineSpeaker(engine, seed, plan)
+
+
+def forecast(model: str, options: dict[str, Any], threads: int | None, out: Output) -> None:
+    """Print what a run would take and how fast it would be; nothing is loaded."""
+    set_up(0, threads)
+    plan = _plan(model, options, threads)
+    for line in plan.notes:
+        out.line(line)
+    out.table(_rows(plan.budget))
+    machine, made = plan.machine, plan.forecast
+    out.line(
+        f"measured: memory {machine.memory_bandwidth / 1e9:.1f} GB/s, disk "
+        f"{machine.disk_bandwidth / 1e9:.2f} GB/s"
+    )
+    out.line(
+        f"forecast: {made.tokens_per_second:.1f} tokens/s where routing never repeats itself "
+        f"({plan.hit_rate:.0%} of experts in memory), bound by {made.bound}; "
+        f"{plan.at((1 + plan.hit_rate) / 2).tokens_per_second:.1f} if half of the others are there"
+    )
+    out.result({"dry_run": True, **plan.to_dict()})
+
+
+def _plan(model: str, options: dict[str, Any], threads: int | None) -> DecodePlan:
+    import torch
+
+    from moekit.core.load import find_model
+    from moekit.core.memory import bytes_of
+    from moekit.runtime.forecast_decode import plan_decode
+
+    names = ("codec", "resident_codec", "runner", "max_context")
+    memory, cache = options.get("memory", "auto"), options.get("expert_cache")
+    return plan_decode(
+        find_model(model),
+        None if memory == "auto" else bytes_of(memory),
+        expert_cache=None if cache is None else bytes_of(cache),
+        threads=threads or torch.get_num_threads(),
+        **{name: options[name] for name in names if name in options},
+    )
+
+
+def _rows(budget: Budget) -> list[tuple[str, str, str]]:
+    return [(name, format_bytes(count), text) for name, count, text in budget.rows()]

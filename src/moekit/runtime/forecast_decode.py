@@ -1,0 +1,195 @@
+"""Tokens a second before anything is loaded: this machine's bandwidths, the model's bytes.
+
+The roofline itself is `perf_model`. One sequence, routing as uniform as it could be unless a hit
+rate is given: real routing repeats itself, so it is faster.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from moekit.core.architecture import read_config
+from moekit.core.machine import available_memory, charged_memory
+from moekit.core.memory import part_bytes
+from moekit.core.packed import PACKED_FILE
+from moekit.core.spec import MoESpec
+from moekit.ops import native
+from moekit.ops.native.formats import plain_format
+from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.choose import choose_codec, experts
+from moekit.runtime.decoder_shape import supports
+from moekit.runtime.disk_speed import disk_bandwidth, file_bandwidth
+from moekit.runtime.expert_cache import record_sizes
+from moekit.runtime.perf_model import DecodeForecast, DecodeLoad, Machine, decode_roofline
+from moekit.runtime.store import ExpertStore
+
+# A matrix that no cache of a CPU holds.
+PROBE_ROWS, PROBE_COLUMNS = 16384, 4096
+PROBE_SECONDS = 0.2
+CONTEXT = 4096
+# Seconds a MoE layer takes besides its bytes: calls, the pool's barriers, claims from the cache;
+# in transformers' modules the overhead of some fifty small operations.
+LAYER_SECONDS = {"native": 4e-5, "cached": 2e-4, "graph": 1.5e-3}
+STEP_SECONDS = 3e-4
+# Rows of a step, and vectors of the model's width that a row needs.
+ROWS, VECTORS = 256, 12
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What a model will take and do under a limit: its budget, and the forecast at `hit_rate`."""
+
+    budget: Budget
+    machine: Machine
+    load: DecodeLoad
+    hit_rate: float
+    forecast: DecodeForecast
+    notes: tuple[str, ...]
+
+    def at(self, hit_rate: float) -> DecodeForecast:
+        """The forecast for another share of experts found in memory."""
+        return decode_roofline(self.load, self.machine, hit_rate=hit_rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "memory": self.budget.to_dict(),
+            "hit_rate": self.hit_rate,
+            "memory_bandwidth": self.machine.memory_bandwidth,
+            "disk_bandwidth": self.machine.disk_bandwidth,
+            "tokens_per_second": self.forecast.tokens_per_second,
+            "bound": self.forecast.bound,
+            "notes": list(self.notes),
+        }
+
+
+def memory_bandwidth(threads: int, seconds: float = PROBE_SECONDS) -> float:
+    """Bytes a second at which `threads` threads read a matrix in a product with one vector."""
+    matrix = torch.zeros(PROBE_ROWS, PROBE_COLUMNS, dtype=torch.bfloat16)
+    library = native.library()
+    pool = native.Pool(library, threads) if library is not None else None
+    described = plain_format((PROBE_ROWS, PROBE_COLUMNS), torch.bfloat16)
+    x = torch.ones(1, PROBE_COLUMNS)
+    count, best, start = 0, float("inf"), time.perf_counter()
+    while count < 3 or time.perf_counter() - start < seconds:
+        began = time.perf_counter()
+        if pool is not None:
+            pool.matmul(described, matrix.data_ptr(), x)
+        else:
+            torch.mv(matrix, x[0].to(matrix.dtype))
+        best = min(best, time.perf_counter() - began)
+        count += 1
+    if pool is not None:
+        pool.close()
+    return matrix.nbytes / best
+
+
+def plan_decode(
+    directory: Path,
+    limit: int | None = None,
+    *,
+    expert_cache: int | None = None,
+    codec: str | None = None,
+    resident_codec: str | None = None,
+    runner: str = "auto",
+    max_context: int | None = None,
+    threads: int = 1,
+    hit_rate: float | None = None,
+) -> DecodePlan:
+    """Plan the model in `directory`, packed or not, under `limit` bytes, and forecast its decoding.
+
+    Nothing of the model is loaded; bandwidths are measured in about a second. Raises UserError with
+    the numbers for what cannot fit.
+    """
+    config = read_config(directory)
+    spec = MoESpec.from_config(config)
+    charged, left = charged_memory(), available_memory()
+    sizes, disk, notes = _experts(directory, spec, codec, limit if limit is not None else left)
+    native_reason = supports(config) if native.library() is not None else "no C++ compiler"
+    is_native = runner == "native" or (runner == "auto" and native_reason is None)
+    if not is_native:
+        notes += (f"graph runner: {native_reason or 'asked for'}",)
+    context, kv_bytes = _context(config, max_context)
+    resident, read = _resident_bytes(spec, resident_codec)
+    needs = Needs(
+        charged + PROGRAM_GROWTH,
+        resident,
+        kv_bytes * context,
+        _scratch(spec),
+        streams=1,
+        max_context=context,
+    )
+    budget = plan_budget(limit, needs, sizes, spec.top_k, charged + left, expert_cache)
+    kind = "graph" if not is_native else "native" if budget.complete else "cached"
+    machine = Machine(
+        memory_bandwidth=memory_bandwidth(threads),
+        disk_bandwidth=disk,
+        layer_seconds=LAYER_SECONDS[kind],
+        step_seconds=STEP_SECONDS,
+    )
+    load = DecodeLoad(
+        resident_bytes=read,
+        layers=len(spec.per_layer),
+        distinct=sum(layer.top_k for layer in spec.per_layer) / len(spec.per_layer),
+        expert_bytes=float(sizes[sizes > 0].mean()),
+        kv_bytes=kv_bytes,
+        context=min(256, context),
+    )
+    rate = min(1.0, budget.expert_cache / budget.all_experts) if hit_rate is None else hit_rate
+    forecast = decode_roofline(load, machine, hit_rate=rate)
+    return DecodePlan(budget, machine, load, rate, forecast, notes)
+
+
+def _experts(
+    directory: Path, spec: MoESpec, codec: str | None, memory: int
+) -> tuple[NDArray[np.int64], float, tuple[str, ...]]:
+    """Bytes of the experts [L, E], the disk's bandwidth, and what was chosen."""
+    if (directory / PACKED_FILE).is_file():
+        with ExpertStore.open(directory) as store:
+            return record_sizes(store), disk_bandwidth(store), ()
+    notes: tuple[str, ...] = ()
+    if codec in (None, "auto"):
+        choice = choose_codec(spec, memory)
+        codec, notes = choice.codec, (choice.reason,)
+    assert codec is not None
+    count = sum(layer.num_experts for layer in spec.per_layer)
+    shape = (len(spec.per_layer), spec.num_experts)
+    sizes = np.full(shape, -(-experts(spec, codec) // count), dtype=np.int64)
+    files = sorted(directory.glob("*.safetensors"), key=lambda file: -file.stat().st_size)
+    return sizes, file_bandwidth(files[0]), notes
+
+
+def _resident_bytes(spec: MoESpec, resident_codec: str | None) -> tuple[int, int]:
+    """Bytes of all but the routed experts, and of what a step reads of them: the embedding is a
+    table of which it needs one row, unless it is the output head too."""
+    stored = {"float32": 32, "float16": 16}.get(spec.dtype or "", 16)
+    bits = stored
+    if resident_codec is not None:
+        bits = {"int8": 8, "int4": 4}.get(resident_codec, stored)
+    parts = dict(spec.params.parts, routed=0)
+    table = spec.vocab_size * spec.hidden_size
+    parts["embedding"] -= 0 if spec.tied_embeddings else table
+    read = sum(part_bytes(part, params, bits) for part, params in parts.items())
+    return read + (0 if spec.tied_embeddings else part_bytes("embedding", table, stored)), read
+
+
+def _scratch(spec: MoESpec) -> int:
+    chosen = spec.top_k * (spec.hidden_size + 2 * spec.expert_width)
+    return 4 * ROWS * (VECTORS * spec.hidden_size + chosen) + 12 * spec.vocab_size
+
+
+def _context(config: PretrainedConfig, asked: int | None) -> tuple[int, int]:
+    """Tokens of a sequence, and bytes of keys and values a token in 16 bits."""
+    text: Any = config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or CONTEXT
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return asked or min(longest, CONTEXT), 4 * heads * dim * text.num_hidden_layers
