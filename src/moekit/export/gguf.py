@@ -120,11 +120,7 @@ def convert_gguf(
             result.seconds = (result.bytes + result.source_bytes) / ASSUMED_BYTES_PER_SECOND
             return result
         record = start_record("convert", {"model": source, "to": "gguf", "gguf_type": gguf_type})
-        writer = gguf.GGUFWriter(None, arch)
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(source.resolve().name)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[gguf_type]])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer = _new_writer(arch, source.resolve().name, gguf_type)
         add_keys(writer, family, config, spec)
         add_vocabulary(writer, vocabulary)
         with _partial(target, result.bytes) as partial:
@@ -142,6 +138,18 @@ def convert_gguf(
         for line in result.notes:
             note(line)
     return result
+
+
+def _new_writer(arch: str, name: str, gguf_type: str) -> Any:
+    """A `gguf.GGUFWriter` that knows what kind of file it writes, and no model yet."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[gguf_type]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
