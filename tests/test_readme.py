@@ -17,6 +17,7 @@ PAGES = [
     "docs/concepts.md",
     "docs/extend.md",
     "docs/guides/export-gguf.md",
+    "docs/guides/run-larger-than-memory.md",
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
 LONG = ["docs/guides/profile.md", "docs/guides/analyze.md", "docs/guides/report.md"]
