@@ -55,8 +55,6 @@ class Slots:
         slot.tokens = slot.tokens[:reusable]
         slot.pending = list(job.prompt[reusable:])
         job.reused_tokens = reusable
-        self._clock += 1
-        slot.last_used = self._clock
         self.free.remove(slot)
         self.running[slot] = job
         return slot
@@ -65,6 +63,8 @@ class Slots:
         """Take the job from a slot; its keys and values stay until the slot is needed."""
         del self.running[slot]
         slot.pending = []
+        self._clock += 1
+        slot.last_used = self._clock
         self.free.append(slot)
 
     def forget(self, slot: Slot) -> None:
