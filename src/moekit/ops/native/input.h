@@ -39,19 +39,21 @@ inline void prepare_groups(const Format& format, const float* x, int n, int t, u
     }
 }
 
-inline void prepare_row(const Format& format, const float* x, uint8_t* out) {
-    const int columns = format.cols, padding = padded_columns(format) - columns;
-    if (format.kind == KIND_BF16) {
-        uint16_t* row = reinterpret_cast<uint16_t*>(out);
-        for (int i = 0; i < columns; ++i) row[i] = to_bfloat16(x[i]);
-        memset(row + columns, 0, sizeof(uint16_t) * padding);
-    } else {
-        memcpy(out, x, sizeof(float) * columns);
-        memset(out + sizeof(float) * columns, 0, sizeof(float) * padding);
-    }
+inline void prepare_row(int columns, const float* x, uint16_t* row) {
+    for (int i = 0; i < columns; ++i) row[i] = to_bfloat16(x[i]);
+    for (int i = columns; i % ROW_PADDING != 0; ++i) row[i] = 0;
 }
 
-inline void prepare(const Format& format, const Source& source, int block, Tokens tokens,
+inline void copy_row(int columns, const float* x, float* row) {
+    memcpy(row, x, sizeof(float) * columns);
+    for (int i = columns; i % ROW_PADDING != 0; ++i) row[i] = 0;
+}
+
+using PrepareGroups = void(const Format&, const float* x, int n, int t, uint8_t* block);
+using PrepareRow = void(int columns, const float* x, uint16_t* row);
+
+template <PrepareGroups GROUPS, PrepareRow ROW>
+void prepare_blocks(const Format& format, const Source& source, int block, Tokens tokens,
                     uint8_t* data) {
     const int64_t bytes = token_bytes(format);
     const int stop = tokens.first + tokens.count;
@@ -59,10 +61,13 @@ inline void prepare(const Format& format, const Source& source, int block, Token
         const int n = stop - first < block ? stop - first : block;
         for (int t = 0; t < n; ++t) {
             const float* x = source.row(first + t);
+            uint8_t* row = data + (first + t) * bytes;
             if (format.kind == KIND_GROUPS)
-                prepare_groups(format, x, n, t, data + first * bytes);
+                GROUPS(format, x, n, t, data + first * bytes);
+            else if (format.kind == KIND_BF16)
+                ROW(format.cols, x, reinterpret_cast<uint16_t*>(row));
             else
-                prepare_row(format, x, data + (first + t) * bytes);
+                copy_row(format.cols, x, reinterpret_cast<float*>(row));
         }
     }
 }

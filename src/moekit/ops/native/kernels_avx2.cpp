@@ -6,7 +6,7 @@
 namespace moekit {
 const Kernels avx2_kernels = {
     "avx2",
-    prepare,
+    prepare_blocks<prepare_groups, prepare_row>,
     multiply_blocks<multiply_groups, multiply_rows>,
     activate,
     add_scaled,

@@ -7,7 +7,7 @@
 namespace moekit {
 const Kernels avx512_kernels = {
     "avx512",
-    prepare,
+    prepare_blocks<prepare_groups_avx512, prepare_row_avx512>,
     multiply_blocks<multiply_groups_avx512, multiply_rows_avx512>,
     activate,
     add_scaled,

@@ -5,7 +5,7 @@
 namespace moekit {
 const Kernels plain_kernels = {
     "plain",
-    prepare,
+    prepare_blocks<prepare_groups, prepare_row>,
     multiply_blocks<multiply_groups, multiply_rows>,
     activate,
     add_scaled,
