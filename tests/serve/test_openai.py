@@ -261,6 +261,15 @@ def test_a_signal_ends_it_cleanly(model, number):
         assert (server.process.returncode, out, err) == (0, "", "")
 
 
+def test_the_access_log_leaves_standard_output_alone(model):
+    with serving(model, "--access-log") as server:
+        server.client.models.list()
+        server.process.terminate()
+        out, err = server.process.communicate(timeout=60)
+    assert out == ""
+    assert '"GET /v1/models HTTP/1.1" 200' in err
+
+
 def test_an_api_key_from_the_environment(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEKIT_API_KEY", "secret")
@@ -279,6 +288,7 @@ def test_what_cannot_be_served_is_said_at_once(model, refused, monkeypatch):
         "serve", model, "--host", "nowhere.invalid"
     )
     assert "no such" in refused("serve", "/not/there").lower()
+    assert "--api-key is empty" in refused("serve", model, "--api-key", "")
     long = refused("serve", model, "--port", 0, "--max-context", 500)
     assert f"--max-context 500 is more than the model's {CONTEXT}" in long
     find = importlib.util.find_spec

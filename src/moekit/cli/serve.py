@@ -111,6 +111,8 @@ def serve(
 
     # What is wrong with these is said before a model is read, which may take minutes.
     body_bytes = bytes_of(max_body)
+    if api_key == "":
+        raise UserError("--api-key is empty, and so would be no key: leave it out or set it")
     resolve_model(model)
     with bind(host, port) as bound:
         if api_key is None and host not in LOCAL_HOSTS:

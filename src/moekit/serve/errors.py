@@ -26,6 +26,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The JSON that clients get."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": {

@@ -18,16 +18,20 @@ class Page:
         self._lines: list[str] = []
 
     def add(self, name: str, kind: str, text: str, values: Iterable[tuple[Labels, float]]) -> None:
+        """One metric with a value for each set of labels."""
         self._open(name, kind, text)
         self._lines += [f"moekit_{name}{_written(labels)} {value}" for labels, value in values]
 
     def counter(self, name: str, text: str, value: float) -> None:
+        """A number that only grows."""
         self.add(name, "counter", text, [({}, value)])
 
     def gauge(self, name: str, text: str, value: float) -> None:
+        """A number as it is now."""
         self.add(name, "gauge", text, [({}, value)])
 
     def histogram(self, name: str, text: str, found: Histogram) -> None:
+        """Observations by size."""
         self._open(name, "histogram", text)
         counts = found.cumulative
         for bound, count in zip([*found.bounds, "+Inf"], counts, strict=True):
@@ -39,6 +43,7 @@ class Page:
 
     @property
     def text(self) -> str:
+        """The whole page."""
         return "\n".join(self._lines) + "\n"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 from moekit.core.errors import UserError
 from moekit.serve.guard import Guard
@@ -73,6 +76,7 @@ def serve(
         lifespan="off",
         log_level="info" if access_log else "error",
         access_log=access_log,
+        log_config=_to_standard_error(),
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(grace + LAST_WORDS_SECONDS),
@@ -87,6 +91,13 @@ def serve(
         scheduler.close(0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _to_standard_error() -> dict[str, Any]:
+    # Standard output is for what the verb prints, such as --json.
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

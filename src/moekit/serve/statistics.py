@@ -22,6 +22,7 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
 
     def observe(self, value: float) -> None:
+        """Count one."""
         self._counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -45,6 +46,7 @@ class Statistics:
         self._recent: deque[tuple[float, int]] = deque()
 
     def started(self, job: Job) -> None:
+        """A job got a slot."""
         self.prompt_tokens += len(job.prompt)
         self.reused_tokens += job.reused_tokens
 
@@ -57,9 +59,11 @@ class Statistics:
         self._forget(now)
 
     def first_token(self, job: Job) -> None:
+        """A job generated its first token."""
         self.first_token_seconds.observe(time.monotonic() - job.submitted)
 
     def ended(self, how: str) -> None:
+        """A sequence ended: stop, length, cancelled or error."""
         self.sequences[how] += 1
 
     @property
