@@ -1,9 +1,12 @@
 """Greedy tokens are those of transformers, and no budget, policy or prefetch changes a bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import moekit
+from moekit.core.load import BABEL_PATH
 from moekit.core.pack import pack
 from tests.families.tiny import TINY, build_tiny, supports_generate
 
@@ -13,6 +16,7 @@ ENCODERS = {"nllb_moe", "switch_transformers"}
 DECODERS = [family for family in TINY if supports_generate(family) and family not in ENCODERS]
 FAMILIES = [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in DECODERS]
 NEW = 10
+README = Path(__file__).parents[2] / "README.md"
 
 
 def prompts(rows, length=11):
@@ -95,3 +99,36 @@ def test_logits_do_not_depend_on_what_is_in_memory(tmp_path, monkeypatch, runner
                     assert torch.equal(all_logits(engine), expected), (policy, nbytes, prefetch)
                     assert engine.cache.stats.peak_bytes <= nbytes
                     assert engine.stats.misses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["graph", "native"])
+def test_bf16_is_as_near_to_fp32_as_transformers(tmp_path, runner):
+    """Teacher-forced on real text: mean KL to the fp32 model, and its top token where that is
+    clear, beside transformers' own bf16."""
+    whole = {name: moekit.load("babel", dtype=name) for name in ("float32", "bfloat16")}
+    ids = whole["float32"].tokenizer(README.read_text(encoding="utf-8"))["input_ids"][:512]
+
+    def forced(dtype, experts):
+        model = whole[dtype].model
+        model.set_experts_implementation(experts)
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0].float()
+
+    exact = forced("float32", "grouped_mm")
+    grouped, eager = (forced("bfloat16", name) for name in ("grouped_mm", "eager"))
+    pack(BABEL_PATH, tmp_path / "packed", codec="bf16")
+    with moekit.open_engine(tmp_path / "packed", runner=runner) as engine:
+        seq = engine.runner.new_sequence(len(ids))
+        (ours,) = engine.runner.forward([seq], [ids], all_positions=True)
+    assert divergence(exact, ours) <= 1.1 * min(
+        divergence(exact, grouped), divergence(exact, eager)
+    )
+    best = exact.topk(2).values
+    clear = best[:, 0] - best[:, 1] > (grouped - eager).abs().max()
+    assert torch.equal(ours.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+def divergence(exact, other):
+    log = exact.log_softmax(-1)
+    return float((log.exp() * (log - other.log_softmax(-1))).sum(-1).mean())

@@ -59,7 +59,8 @@ def open_engine(
     (default: torch's own choice).
 
     `policy` decides which experts stay in memory and `predictor` which are read ahead, unless
-    `prefetch` is off; neither changes a result. `resident_codec` encodes what is not an expert too,
+    `prefetch` is off; neither changes a result. With memory "auto", where not all experts fit, the
+    policy is chosen by replaying a short trace. `resident_codec` encodes what is not an expert too,
     which is lossy. `dtype` is the number format of the weights that are not encoded (default: as
     stored). `runner` is "native" (the common shapes), "graph" (any decoder-only family) or "auto".
     `streams` sequences of up to `max_context` tokens are planned for.
@@ -97,6 +98,7 @@ def open_engine(
         runner=runner,
         max_context=max_context,
         streams=streams,
+        chooses_policy=memory == AUTO and policy == AUTO,
     )
     return open_packed(directory, request, notes)
 

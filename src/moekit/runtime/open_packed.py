@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from moekit.core.view import MoEView
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import library
 from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.choose_policy import choose_policy
 from moekit.runtime.claim import Claim
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import disk_bandwidth
@@ -47,7 +48,8 @@ PREDICTOR = "next-gate"
 
 @dataclass(frozen=True)
 class Request:
-    """What `open_engine` was asked for; `limit` None is what this machine has left."""
+    """What `open_engine` was asked for; `limit` None is what this machine has left. With
+    `chooses_policy` the policy is found on a short trace."""
 
     limit: int | None
     expert_cache: int | None
@@ -60,10 +62,29 @@ class Request:
     runner: str
     max_context: int | None
     streams: int | None
+    chooses_policy: bool = False
 
 
 def open_packed(directory: Path, request: Request, notes: list[str]) -> Engine:
     """Open the packed model in `directory`; raises as `open_engine` does."""
+    engine = _open(directory, request, notes)
+    if not request.chooses_policy or engine.budget is None or engine.budget.complete:
+        return engine
+    try:
+        chosen = choose_policy(engine)
+    except BaseException:
+        engine.close()
+        raise
+    if chosen is None:
+        return engine
+    if chosen.name != request.policy:
+        engine.close()
+        engine = _open(directory, replace(request, policy=chosen.name), notes)
+    engine.notes.append(chosen.reason)
+    return engine
+
+
+def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
     charged = charged_memory()
     available = charged + available_memory()
     with ExitStack() as stack:
