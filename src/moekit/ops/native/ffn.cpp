@@ -88,14 +88,12 @@ extern "C" void ffn(Pool* pool, const FfnJob* jobs, int32_t count, const int32_t
     RowShares first(pool, count, [&](int j) { return jobs[j].format->up.rows; });
     RowShares second(pool, count, [&](int j) { return jobs[j].format->down.rows; });
     auto work = [&](int) {
-        inputs.prepare();
-        pool_barrier(pool);
+        inputs.prepare(pool);
         first.each([&](int j, Rows rows) {
             gate_and_up(jobs[j], rows, inputs[j], middle + starts[j]);
         });
-        pool_barrier(pool);
-        middles.prepare();
-        pool_barrier(pool);
+        first.wait(pool);
+        middles.prepare(pool);
         second.each([&](int j, Rows rows) {
             const FfnJob& job = jobs[j];
             const ExpertFormat& expert = *job.format;

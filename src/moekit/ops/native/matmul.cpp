@@ -17,8 +17,7 @@ void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, i
     });
     RowShares shares(pool, count, [&](int j) { return jobs[j].format->rows; });
     auto work = [&](int) {
-        inputs.prepare();
-        pool_barrier(pool);
+        inputs.prepare(pool);
         shares.each([&](int j, Rows rows) {
             const MatmulJob& job = jobs[j];
             kernels().multiply(*job.format, static_cast<const uint8_t*>(job.base), rows, inputs[j],

@@ -61,10 +61,11 @@ typedef struct Pool Pool;
 Pool* pool_new(int32_t threads);
 void pool_free(Pool*);
 int32_t pool_threads(const Pool*);
-// Runs work(context, thread, threads) on every thread and returns when all are done. Only inside of
-// it, and by all threads, pool_barrier may be called; none of the functions below.
+// Runs work(context, thread, threads) on the calling thread and on those threads of the pool that
+// come before it returns there; returns when all have. So `work` has to share out what there is to
+// do as threads ask for it, and to bear being called again when nothing is left. Inside of it none of
+// the functions below may be called with this pool.
 void pool_run(Pool*, void (*work)(void* context, int32_t thread, int32_t threads), void* context);
-void pool_barrier(Pool*);
 
 // y[t * y_stride + r] = sum over columns of W[r, c] * x[t * x_stride + c], for T tokens. Strides
 // count floats. x is rounded to bfloat16 except for KIND_F32 and KIND_F16; sums are float32. A

@@ -42,6 +42,19 @@ int usable_cores() {
     return static_cast<int>(std::thread::hardware_concurrency());
 }
 
+// Returns whether `done` came true while spinning.
+template <class Done>
+bool spin_until(Done done) {
+    const auto end = std::chrono::steady_clock::now() + SPIN;
+    do {
+        for (int i = 0; i < SPINS_A_LOOK; ++i) {
+            if (done()) return true;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
+
 // A number that one thread advances and others wait for.
 struct alignas(64) Signal {
     std::atomic<uint32_t> value{0};
@@ -52,51 +65,60 @@ struct alignas(64) Signal {
         if (sleepers.load() != 0) wake_all(value);
     }
 
-    void wait_beyond(uint32_t old, bool spins) {
-        if (spins) {
-            const auto end = std::chrono::steady_clock::now() + SPIN;
-            do {
-                for (int i = 0; i < SPINS_A_LOOK; ++i) {
-                    if (value.load(std::memory_order_acquire) != old) return;
-                    relax();
-                }
-            } while (std::chrono::steady_clock::now() < end);
+    // The value that came after `old`.
+    uint32_t wait_beyond(uint32_t old, bool spins) {
+        if (!spins || !spin_until([&] { return value.load(std::memory_order_acquire) != old; })) {
+            sleepers.fetch_add(1);
+            while (value.load() == old) sleep_while(value, old);
+            sleepers.fetch_sub(1);
         }
-        sleepers.fetch_add(1);
-        while (value.load() == old) sleep_while(value, old);
-        sleepers.fetch_sub(1);
+        return value.load();
     }
 };
 
+constexpr uint32_t CLOSED = 1u << 31;
+
 }  // namespace
 
+// A worker that the system has not given a core yet must hold up nobody, so work is not handed to
+// threads: those that come while the gate is open take part, and it stays open until the caller
+// finds nothing more to do.
 struct Pool {
     int threads = 1;
     bool spins = true;
     std::vector<std::thread> workers;
-    Signal begin, barrier;
-    alignas(64) std::atomic<int> arrived{0};
+    std::array<moekit::Buffer, static_cast<size_t>(moekit::Scratch::COUNT)> buffers;
+    Signal begin, left;
+    alignas(64) std::atomic<uint32_t> gate{CLOSED};  // workers inside, and whether it is closed
+    std::atomic<bool> stopping{false};
     void (*work)(void*, int32_t, int32_t) = nullptr;
     void* context = nullptr;
-    std::array<moekit::Buffer, static_cast<size_t>(moekit::Scratch::COUNT)> buffers;
 
-    void meet() {
-        const uint32_t old = barrier.value.load();
-        if (arrived.fetch_add(1) + 1 == threads) {
-            arrived.store(0);
-            barrier.advance();
-        } else {
-            barrier.wait_beyond(old, spins);
+    void serve(int thread) {
+        for (uint32_t seen = 0;;) {
+            seen = begin.wait_beyond(seen, spins);
+            if (stopping.load()) return;
+            if (!enter()) continue;
+            work(context, thread, threads);
+            if (gate.fetch_sub(1) == (CLOSED | 1)) left.advance();
         }
     }
 
-    void serve(int thread) {
-        for (uint32_t seen = 0;; ++seen) {
-            begin.wait_beyond(seen, spins);
-            if (work == nullptr) return;
-            work(context, thread, threads);
-            meet();
-        }
+    bool enter() {
+        uint32_t now = gate.load();
+        while (!(now & CLOSED))
+            if (gate.compare_exchange_weak(now, now + 1)) return true;
+        return false;
+    }
+
+    void run(void (*job)(void*, int32_t, int32_t), void* job_context) {
+        work = job;
+        context = job_context;
+        gate.store(0);
+        begin.advance();
+        work(context, 0, threads);
+        const uint32_t before = left.value.load();
+        if (gate.fetch_or(CLOSED) != 0) left.wait_beyond(before, spins);
     }
 };
 
@@ -114,6 +136,17 @@ void* Buffer::take(size_t bytes) {
     }
     return data_;
 }
+
+void Items::wait(Pool* pool) {
+    const auto done = [&] { return finished.load() == static_cast<uint32_t>(count); };
+    if (done() || (pool->spins && spin_until(done))) return;
+    sleepers.fetch_add(1);
+    for (uint32_t now; (now = finished.load()) != static_cast<uint32_t>(count);)
+        sleep_while(finished, now);
+    sleepers.fetch_sub(1);
+}
+
+void Items::wake() { wake_all(finished); }
 
 void* scratch(Pool* pool, Scratch which, size_t bytes) {
     return pool->buffers[static_cast<size_t>(which)].take(bytes);
@@ -134,7 +167,7 @@ Pool* pool_new(int32_t threads) {
 
 void pool_free(Pool* pool) {
     if (pool == nullptr) return;
-    pool->work = nullptr;
+    pool->stopping.store(true);
     pool->begin.advance();
     for (std::thread& worker : pool->workers) worker.join();
     delete pool;
@@ -143,19 +176,10 @@ void pool_free(Pool* pool) {
 int32_t pool_threads(const Pool* pool) { return pool->threads; }
 
 void pool_run(Pool* pool, void (*work)(void*, int32_t, int32_t), void* context) {
-    if (pool->threads == 1) {
+    if (pool->threads == 1)
         work(context, 0, 1);
-        return;
-    }
-    pool->work = work;
-    pool->context = context;
-    pool->begin.advance();
-    work(context, 0, pool->threads);
-    pool->meet();
-}
-
-void pool_barrier(Pool* pool) {
-    if (pool->threads > 1) pool->meet();
+    else
+        pool->run(work, context);
 }
 
 }  // extern "C"

@@ -35,9 +35,26 @@ struct Items {
         item = next.fetch_add(1, std::memory_order_relaxed);
         return item < count;
     }
+
+    // Calls work(item) for the items that this thread takes.
+    template <class Work>
+    void each(Work work) {
+        for (int item; take(item);) {
+            work(item);
+            if (finished.fetch_add(1) + 1 == static_cast<uint32_t>(count) && sleepers.load() != 0)
+                wake();
+        }
+    }
+    // Returns when `each` is through with all items, on whichever threads.
+    void wait(Pool*);
+
+private:
+    void wake();
+    std::atomic<uint32_t> finished{0};
+    std::atomic<uint32_t> sleepers{0};
 };
 
-// Runs work(thread) on every thread of the pool.
+// `pool_run` with a function object: work(thread).
 template <class Work>
 void run(Pool* pool, Work& work) {
     pool_run(

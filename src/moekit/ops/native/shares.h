@@ -53,14 +53,15 @@ public:
         items_.count = static_cast<int>(pieces_.size());
     }
 
-    // To be called by every thread; done when all have returned.
-    void prepare() {
-        for (int item; items_.take(item);) {
+    // To be called by every thread that takes part; all is prepared when it returns.
+    void prepare(Pool* pool) {
+        items_.each([&](int item) {
             const Piece& piece = pieces_[item];
             const Input& input = inputs_[piece.job];
             kernels().prepare(*piece.format, piece.source, input.block, piece.tokens,
                               const_cast<uint8_t*>(input.data));
-        }
+        });
+        items_.wait(pool);
     }
 
     const Input& operator[](int job) const { return inputs_[job]; }
@@ -97,8 +98,11 @@ public:
     // Calls work(job, rows) for the chunks that this thread takes.
     template <class Work>
     void each(Work work) {
-        for (int item; items_.take(item);) work(chunks_[item].job, chunks_[item].rows);
+        items_.each([&](int item) { work(chunks_[item].job, chunks_[item].rows); });
     }
+
+    // Returns when the work on all chunks is done, on whichever threads.
+    void wait(Pool* pool) { items_.wait(pool); }
 
 private:
     static constexpr int CHUNKS_A_THREAD = 16;
