@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from moekit.serve.service import Service
 
 NEEDED = ("starlette", "uvicorn")
+PACK_HINT = (
+    "note: the model's own modules run streams one after another; --codec bf16 packs it once for "
+    "native code, which runs them together"
+)
 LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -180,9 +184,21 @@ def _opened(model: str, options: dict[str, Any], dtype: Dtype, threads: int | No
     elif engine.max_context > longest:
         problem = f"--max-context {engine.max_context} is more than the model's {longest}"
     else:
+        if engine.budget is None and _native_could(engine):
+            note(PACK_HINT)
         return engine
     engine.close()
     raise UserError(problem)
+
+
+def _native_could(engine: Engine) -> bool:
+    from moekit.runtime.decoder_shape import NotSupportedError, decoder_shape
+
+    try:
+        decoder_shape(engine.config)
+    except NotSupportedError:
+        return False
+    return True
 
 
 def _announce(service: Service, bound: socket, as_json: bool) -> None:
