@@ -97,6 +97,34 @@ def test_stats_count_tokens(tiny):
         assert stats.peak_bytes > 10**8
 
 
+def test_interrupt_drops_what_was_begun(engine, monkeypatch):
+    expected = engine.generate(PROMPTS, 6)
+    forward, dropped = engine.runner.forward, []
+    calls = iter([False] * 5 + [True])
+
+    def interrupted(*args):
+        if next(calls, False):
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "forward", interrupted)
+        patch.setattr(engine.runner, "drop", dropped.append)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, 6)
+    assert len(dropped) == len(PROMPTS)
+    assert engine.generate(PROMPTS, 6) == expected
+
+
+def test_stream_that_is_not_read_to_its_end_is_dropped(engine, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(engine.runner, "drop", dropped.append)
+    stream = engine.stream(PROMPTS[0], 20)
+    next(stream)
+    stream.close()
+    assert len(dropped) == 1
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "words"),
     [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers.cache_utils import (
 
 from moekit.core.view import MoEView
 
-# Layers that hold the same for each token, or for none; others are measured over more tokens.
+# Layers that hold the same for each token, or for none. Others may gather tokens and compress them
+# in blocks: they are measured over more tokens, and the steepest part counts.
 _EVEN = {
     DummyLayer,
     DynamicIndexedLayer,
@@ -27,7 +29,7 @@ _EVEN = {
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 }
-_SHORT, _LONG = (2, 4), (8, 136)
+_SHORT, _LONG = (2, 4), (8, 72, 136)
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,18 @@ def measure_cache(model: PreTrainedModel, new_cache: Callable[[], Any]) -> Cache
             for layer in layers
         ]
 
-    short, long = _SHORT if even else _LONG
-    parts = []
-    for (before, window), (after, _) in zip(filled(short), filled(long), strict=True):
-        slope = (after - before) / (long - short)
-        parts.append((slope, max(0.0, before - short * slope), window))
-    return CacheSize(tuple(parts))
+    lengths = _SHORT if even else _LONG
+    measured = [filled(length) for length in lengths]
+    return CacheSize(tuple(_line(lengths, parts) for parts in zip(*measured, strict=True)))
+
+
+def _line(lengths: Sequence[int], measured: Sequence[tuple[int, int]]) -> tuple[float, float, int]:
+    """Slope, offset and window of a line that no measured size is above."""
+    sizes = [size for size, _ in measured]
+    points = list(zip(lengths, sizes, strict=True))
+    slope = max((b - a) / (n - m) for (m, a), (n, b) in pairwise(points))
+    fixed = max(size - slope * length for length, size in points)
+    return slope, max(0.0, fixed), measured[0][1]
 
 
 def _nothing(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
