@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from render_cache import cache_policies
+from render_engine import run_forecast, run_memory
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory
 from tables import machine, table
 
@@ -317,6 +318,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run_in_memory_r1": run_in_memory,
     "run_in_memory_r2": run_in_memory,
     "run_larger_than_memory": run_larger_than_memory,
+    "run_memory": run_memory,
+    "run_forecast": run_forecast,
 }
 
 
