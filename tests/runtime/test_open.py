@@ -76,6 +76,13 @@ def test_interrupted_packing_goes_on(tiny, cache):
         assert engine.generate(PROMPTS, 2)
 
 
+def test_a_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pack_cache, "cache_directory", lambda: tmp_path / "file")
+    with pytest.raises(UserError, match="MOEKIT_CACHE"):
+        moekit.open_engine(tiny, codec="fp32")
+
+
 def test_runners(packed, monkeypatch):
     with moekit.open_engine(packed) as engine:
         assert type(engine.runner) is NativeRunner

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moekit.core.checkpoint import Checkpoint
 from moekit.core.convert import state_of
+from moekit.core.errors import UserError
 from moekit.core.pack import pack
 from moekit.core.packed import VERSION
 
@@ -46,7 +47,14 @@ def packed_copy(
     target = cache_directory() / FOLDER / f"{name}-{codec}-{digest}"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.with_name(f"{target.name}.lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"{target.parent} cannot be written to ({error.strerror}); set MOEKIT_CACHE to another "
+            "directory, or pack the model yourself with `moekit convert --to packed`"
+        ) from None
     with _alone(target.with_name(f"{target.name}.lock")):
         if not target.is_dir():
             if note is not None:
