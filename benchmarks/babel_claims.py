@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from moekit.analyze import Result, open_traces
-from moekit.analyze.cache_curve import cache_curve
 from moekit.analyze.information import p_value, spearman
 from moekit.analyze.layer_prediction import layer_prediction
 from moekit.analyze.next_gate import next_gate
@@ -127,7 +126,6 @@ def cache_size(trace: RoutingTrace) -> Claims:
     ratios = best.column("ratio")
     knees = {name: knee(ratios, best.column(name)) for name in ("m=16", "lru", "belady")}
     at_two = ratios.index(2)
-    cold = cache_curve(trace).summary
     return {
         "cache-knee": claim(
             "Not All Models Suit Expert Offloading 2505.16056",
@@ -145,10 +143,6 @@ def cache_size(trace: RoutingTrace) -> Claims:
                 "lru": best.column("lru")[at_two],
                 "belady": best.column("belady")[at_two],
                 "uniform": best.column("slots")[at_two] / trace.layers[0].num_experts,
-            },
-            cold_at_twice={
-                "lru": cold["lru_at_twice_active"],
-                "belady": cold["belady_at_twice_active"],
             },
         )
     }

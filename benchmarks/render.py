@@ -12,6 +12,7 @@ from typing import Any
 
 from render_cache import cache_policies
 from render_engine import run_forecast, run_memory
+from render_predictors import predictors
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory
 from tables import machine, table
 
@@ -314,6 +315,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "analyze_trace": analyze_trace,
     "convert_memory": convert_memory,
     "cache_policies": cache_policies,
+    "predictors": predictors,
     "gguf_llama_cpp": gguf_llama_cpp,
     "run_in_memory_r1": run_in_memory,
     "run_in_memory_r2": run_in_memory,
