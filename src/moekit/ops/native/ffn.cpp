@@ -85,8 +85,8 @@ extern "C" void ffn(Pool* pool, const FfnJob* jobs, int32_t count, const int32_t
         const Source source{middle + starts[j], expert.up.rows, nullptr};
         return Inputs::Wanted{&expert.down, source, jobs[j].count, false};
     });
-    RowShares first(pool, count, [&](int j) { return jobs[j].format->up.rows; });
-    RowShares second(pool, count, [&](int j) { return jobs[j].format->down.rows; });
+    RowShares first(pool, count, [&](int j) { return &jobs[j].format->up; });
+    RowShares second(pool, count, [&](int j) { return &jobs[j].format->down; });
     auto work = [&](int) {
         inputs.prepare(pool);
         first.each([&](int j, Rows rows) {

@@ -15,7 +15,7 @@ void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, i
         const bool shared = j > 0 && alike(*jobs[j - 1].format, *jobs[j].format);
         return Inputs::Wanted{jobs[j].format, source, T, shared};
     });
-    RowShares shares(pool, count, [&](int j) { return jobs[j].format->rows; });
+    RowShares shares(pool, count, [&](int j) { return jobs[j].format; });
     auto work = [&](int) {
         inputs.prepare(pool);
         shares.each([&](int j, Rows rows) {

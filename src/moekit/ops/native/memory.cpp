@@ -9,12 +9,15 @@ namespace {
 
 constexpr size_t PIECE = size_t{1} << 20;
 constexpr size_t LINE = 64;
+// Reads come faster when lines are asked for this far ahead, as the kernels do.
+constexpr size_t AHEAD = 8192;
 
 // Eight independent sums, which the compiler keeps in vectors.
 uint64_t read_piece(const uint8_t* data, size_t size) {
     uint64_t lanes[8] = {};
     for (size_t at = 0; at + LINE <= size; at += LINE) {
         uint64_t line[8];
+        __builtin_prefetch(data + at + AHEAD);
         memcpy(line, data + at, LINE);
         for (int i = 0; i < 8; ++i) lanes[i] ^= line[i];
     }

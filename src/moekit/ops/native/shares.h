@@ -79,19 +79,27 @@ private:
     Items items_;
 };
 
+// Bytes of a row, for GROUPS those of 8 bits a column.
+inline int64_t row_bytes(const Format& format) {
+    const int64_t size = format.kind == KIND_GROUPS ? 1 : format.kind == KIND_F32 ? 4 : 2;
+    return size * format.cols;
+}
+
 // The rows of all jobs in chunks, which threads take one after the other.
 class RowShares {
 public:
-    template <class RowsOf>
-    RowShares(Pool* pool, int jobs, RowsOf rows_of) {
+    template <class FormatOf>
+    RowShares(Pool* pool, int jobs, FormatOf format_of) {
         int64_t total = 0;
-        for (int j = 0; j < jobs; ++j) total += rows_of(j);
+        for (int j = 0; j < jobs; ++j) total += format_of(j)->rows;
         const int64_t share = total / (CHUNKS_A_THREAD * int64_t{pool_threads(pool)});
-        const int chunk = static_cast<int>(std::clamp<int64_t>(
-            share / STEP * STEP, STEP, MOST_ROWS));
-        for (int j = 0; j < jobs; ++j)
-            for (int first = 0, rows = rows_of(j); first < rows; first += chunk)
-                chunks_.push_back({j, {first, std::min(chunk, rows - first)}});
+        for (int j = 0; j < jobs; ++j) {
+            const Format& format = *format_of(j);
+            const int64_t most = std::min(share, CHUNK_BYTES / row_bytes(format)) / STEP * STEP;
+            const int chunk = static_cast<int>(std::max<int64_t>(most, STEP));
+            for (int first = 0; first < format.rows; first += chunk)
+                chunks_.push_back({j, {first, std::min(chunk, format.rows - first)}});
+        }
         items_.count = static_cast<int>(chunks_.size());
     }
 
@@ -107,7 +115,8 @@ public:
 private:
     static constexpr int CHUNKS_A_THREAD = 16;
     static constexpr int STEP = TILE_ROWS;
-    static constexpr int MOST_ROWS = 256;
+    // A chunk is read again for each block of tokens, from the second-level cache.
+    static constexpr int64_t CHUNK_BYTES = 1 << 18;
     struct Chunk {
         int job;
         Rows rows;
