@@ -52,6 +52,7 @@ def test_memory_auto_chooses_and_says_so(packed, monkeypatch):
     monkeypatch.setattr(module, "CANDIDATES", ("lru", "auto"))
     with moekit.open_engine(packed, "auto", expert_cache="30kB") as engine:
         assert any("on a trace of" in line for line in engine.notes)
+        assert engine.stats.hits + engine.stats.misses == 0
         made = engine.generate([[5, 9, 2]], 5)
     with moekit.open_engine(packed, "auto") as engine:
         assert not any("on a trace of" in line for line in engine.notes)

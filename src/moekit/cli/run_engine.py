@@ -86,6 +86,7 @@ def opened(
             dtype=None if dtype is Dtype.auto else dtype.value,
             progress=update,
             note=note,
+            streams=1,
             **options,
         )
     with engine:

@@ -15,6 +15,7 @@ from moekit.core.port import SeamCall
 from moekit.core.replay import replay
 from moekit.core.view import MoEView
 from moekit.runtime.engine import Engine
+from moekit.runtime.expert_cache import CacheStats
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.native_runner import NativeRunner, Routed
 
@@ -51,7 +52,8 @@ class PolicyChosen:
 def choose_policy(engine: Engine) -> PolicyChosen | None:
     """Decode a short text and replay its routing through every candidate; None without tokenizer.
 
-    Ends after a few seconds. Raises StoreError where an expert cannot be read.
+    Ends after a few seconds, and the engine's counts begin anew. Raises StoreError where an expert
+    cannot be read.
     """
     if engine.tokenizer is None or engine.cache is None:
         return None
@@ -59,6 +61,7 @@ def choose_policy(engine: Engine) -> PolicyChosen | None:
     layers = engine.cache.store.layers
     experts = max(layer.num_experts for layer in layers)
     steps = routing_of(engine, ids, experts)
+    engine.cache.stats = CacheStats(peak_bytes=engine.cache.stats.peak_bytes)
     record = max(engine.cache.store.nbytes(0, e) for e in range(layers[0].num_experts))
     slots = max(engine.cache.nbytes // record, steps.shape[2])
     rates = {
