@@ -14,8 +14,8 @@ from moekit.core.cache_score import policy
 from moekit.core.port import SeamCall
 from moekit.core.replay import replay
 from moekit.core.view import MoEView
+from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.engine import Engine
-from moekit.runtime.expert_cache import CacheStats
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.native_runner import NativeRunner, Routed
 
