@@ -54,13 +54,13 @@ def run_in_memory(record: dict[str, Any]) -> str:
         f"## Everything in memory, {options['shape'].upper()}",
         "`benchmarks/run_in_memory.py`. The shape (`benchmarks/reference_shapes.py`) with random "
         "weights, one sequence, two threads each, the programs in turns: a prompt of "
-        f"{options['prompt']} tokens, then {options['steps']} tokens one by one; medians over "
-        f"{options['rounds']} rounds. int4: experts, attention and output head in groups of 32, "
-        "as Q4_0 has them. GB is the peak of what the process held, mapped files included. Memory "
-        f"gave two threads {found['bandwidth'] / 1e9:.0f} GB/s. llama-cpp-python "
-        f"{versions['llama-cpp-python']}; " + machine(record),
+        f"{options['prompt']} tokens, then {options['steps']} tokens one by one (their median). "
+        f"Each program's best of {options['rounds']} rounds: other programs ran on the machine, "
+        "which slowed some rounds several times over. int4: experts, attention and output head in "
+        "groups of 32, as Q4_0 has them. GB is the peak of what the process held, mapped files "
+        f"included. llama-cpp-python {versions['llama-cpp-python']}; " + machine(record),
         table(["program", "ms a token", "prefill tokens/s", "opening s", "GB"], rows),
-        "How many times as fast, median over the rounds:",
+        "How many times as fast:",
         table(["pair", "decode", "prefill"], pairs),
     ]
     if "check" in found:
@@ -146,3 +146,34 @@ def run_larger_than_memory(record: dict[str, Any]) -> str:
 
 def _rate(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:.2f}" if "tokens_per_second" in row else "none"
+
+
+def serve_streams(record: dict[str, Any]) -> str:
+    found = record["metrics"]
+    rows = [
+        [
+            name,
+            f"{row['one_stream']['tokens_per_second']:.0f}",
+            f"{row['one_stream']['first_token_ms_median']:.0f}",
+            f"**{row['streams']['tokens_per_second']:.0f}**",
+            f"{row['streams']['first_token_ms_median']:.0f}",
+            f"{row['streams']['between_tokens_ms_median']:.0f}",
+            f"{row['streams']['between_tokens_ms_99']:.0f}",
+            f"**{row['ratio']:.1f}**",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    header = ["server", "one: tokens/s", "first ms", "32: tokens/s", "first ms"]
+    header += ["between ms", "99 % ms", "32 over one"]
+    return "\n\n".join(
+        [
+            "## 32 clients of one server",
+            "`benchmarks/serve_streams.py`. `moekit serve babel`: completions of 96 sampled tokens "
+            "streamed over HTTP, to one client at a time and to 32 together, each with its own "
+            "prompt and seed; the texts are equal. Milliseconds to the first token and between "
+            "two, medians over the clients, and what 99 % of the gaps stay under. The clients share the "
+            f"processors, and other work ran beside (load {found['load_average']:.0f}). "
+            + machine(record),
+            table(header, rows),
+        ]
+    )

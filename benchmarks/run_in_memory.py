@@ -14,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -158,18 +157,6 @@ def turn(worker: Worker, shape: str, seed: int) -> dict[str, float]:
     }
 
 
-def bandwidth() -> float:
-    """Bytes a second that two threads read from memory, the best of a few tries."""
-    data = torch.ones(2**28, dtype=torch.int32)
-    torch.set_num_threads(2)
-    best = 0.0
-    for _ in range(7):
-        started = time.perf_counter()
-        data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - started))
-    return best
-
-
 def in_turns(
     names: list[str], paths: dict[str, Path], peer: str, shape: str, rounds: int
 ) -> dict[str, Any]:
@@ -205,22 +192,23 @@ def one_by_one(
 
 
 def summary(found: dict[str, Any]) -> None:
+    """The best round of each program: whatever else runs on a machine only slows one down."""
     for row in found.values():
-        for field in ("prefill_tokens_per_second", "decode_ms"):
-            row[field] = statistics.median(r[field] for r in row["rounds"])
+        row["decode_ms"] = min(r["decode_ms"] for r in row["rounds"])
+        field = "prefill_tokens_per_second"
+        row[field] = max(r[field] for r in row["rounds"])
 
 
 def ratios(found: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """How many times as fast the first of a pair is, as the median over the rounds."""
-    result = {}
-    for one, other in pairs:
-        both = list(zip(found[one]["rounds"], found[other]["rounds"], strict=True))
-        prefill, decode = "prefill_tokens_per_second", "decode_ms"
-        result[f"{one} / {other}"] = {
-            "decode": statistics.median(b[decode] / a[decode] for a, b in both),
-            "prefill": statistics.median(a[prefill] / b[prefill] for a, b in both),
+    """How many times as fast the first of a pair is, each in its best round."""
+    prefill, decode = "prefill_tokens_per_second", "decode_ms"
+    return {
+        f"{one} / {other}": {
+            "decode": found[other][decode] / found[one][decode],
+            "prefill": found[one][prefill] / found[other][prefill],
         }
-    return result
+        for one, other in pairs
+    }
 
 
 def main() -> None:
@@ -236,7 +224,7 @@ def main() -> None:
     record = start_record("benchmarks/run_in_memory.py", options | {"threads": 2}, seed=0)
     version = [given.peer_python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
     record.versions["llama-cpp-python"] = subprocess.check_output(version, text=True).strip()
-    metrics: dict[str, Any] = {"bandwidth": bandwidth()}
+    metrics: dict[str, Any] = {}
     if given.shape == "r1":
         metrics["check"] = check(paths, given.peer_python)
         names = [INT4, Q4, Q4_READ, Q4_HEAD, BF16, F16, Q8, TRANSFORMERS]
