@@ -13,7 +13,7 @@ from typing import Any
 from render_cache import cache_policies
 from render_engine import run_forecast, run_memory
 from render_predictors import predictors
-from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory
+from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
 
 HERE = Path(__file__).parent
@@ -322,6 +322,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run_larger_than_memory": run_larger_than_memory,
     "run_memory": run_memory,
     "run_forecast": run_forecast,
+    "serve_streams": serve_streams,
 }
 
 

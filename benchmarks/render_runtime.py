@@ -171,9 +171,8 @@ def serve_streams(record: dict[str, Any]) -> str:
             "`benchmarks/serve_streams.py`. `moekit serve babel`: completions of 96 sampled tokens "
             "streamed over HTTP, to one client at a time and to 32 together, each with its own "
             "prompt and seed; the texts are equal. Milliseconds to the first token and between "
-            "two, medians over the clients, and what 99 % of the gaps stay under. The clients share the "
-            f"processors, and other work ran beside (load {found['load_average']:.0f}). "
-            + machine(record),
+            "two, medians over the clients, and what 99 % of the gaps stay under. The clients "
+            f"share the processors (load {found['load_average']:.1f} at the end). " + machine(record),
             table(header, rows),
         ]
     )
