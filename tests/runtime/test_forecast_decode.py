@@ -27,7 +27,7 @@ def packed(tiny):
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr(forecast_decode, "memory_bandwidth", lambda threads: MEMORY)
+    monkeypatch.setattr(forecast_decode, "memory_bandwidth", lambda threads, nbytes: MEMORY)
     monkeypatch.setattr(forecast_decode, "disk_bandwidth", lambda store: DISK)
     monkeypatch.setattr(forecast_decode, "file_bandwidth", lambda path: DISK)
 
@@ -72,6 +72,20 @@ def test_graph_runner_is_slower_a_layer(packed, machine):
     assert native.forecast.fixed_seconds < graph.forecast.fixed_seconds
 
 
+def test_probe_stays_within_the_limit(packed, machine, monkeypatch):
+    asked = []
+
+    def probe(threads, nbytes):
+        asked.append(nbytes)
+        return MEMORY
+
+    monkeypatch.setattr(forecast_decode, "memory_bandwidth", probe)
+    monkeypatch.setattr(forecast_decode, "charged_memory", lambda: 400 * 2**20)
+    plan_decode(packed, 500 * 2**20)
+    plan_decode(packed, 10 * 2**30)
+    assert asked == [50 * 2**20, 2**27]
+
+
 def test_what_cannot_fit_is_refused(packed, machine):
     with pytest.raises(UserError, match="too little"):
         plan_decode(packed, 10**7)
@@ -86,7 +100,7 @@ def test_tied_embedding_is_read_as_the_head(tmp_path, machine):
 
 
 def test_bandwidths_are_measured(packed):
-    assert 1e7 < memory_bandwidth(1, seconds=0.01) < 1e13
+    assert 1e7 < memory_bandwidth(1, 2**20, seconds=0.01) < 1e13
     with ExpertStore.open(packed) as store:
         assert 1e4 < disk_bandwidth(store, 0.01) < 1e12
     assert 1e3 < file_bandwidth(packed / "experts.safetensors", 0.01) < 1e12

@@ -31,8 +31,8 @@ from moekit.runtime.expert_cache import record_sizes
 from moekit.runtime.perf_model import DecodeForecast, DecodeLoad, Machine, decode_roofline
 from moekit.runtime.store import ExpertStore
 
-# A matrix that no cache of a CPU holds.
-PROBE_ROWS, PROBE_COLUMNS = 16384, 4096
+# Bytes and columns of a matrix that no cache of a CPU holds.
+PROBE_BYTES, PROBE_COLUMNS = 2**27, 4096
 PROBE_SECONDS = 0.2
 CONTEXT = 4096
 # Seconds a MoE layer takes besides its bytes: calls, the pool's barriers, claims from the cache;
@@ -71,12 +71,16 @@ class DecodePlan:
         }
 
 
-def memory_bandwidth(threads: int, seconds: float = PROBE_SECONDS) -> float:
-    """Bytes a second at which `threads` threads read a matrix in a product with one vector."""
-    matrix = torch.zeros(PROBE_ROWS, PROBE_COLUMNS, dtype=torch.bfloat16)
+def memory_bandwidth(
+    threads: int, nbytes: int = PROBE_BYTES, seconds: float = PROBE_SECONDS
+) -> float:
+    """Bytes a second at which `threads` threads read a matrix of about `nbytes` bytes in a product
+    with one vector; a small one is measured in the caches."""
+    rows = max(1, nbytes // (128 * PROBE_COLUMNS)) * 64
+    matrix = torch.zeros(rows, PROBE_COLUMNS, dtype=torch.bfloat16)
     library = native.library()
     pool = native.Pool(library, threads) if library is not None else None
-    described = plain_format((PROBE_ROWS, PROBE_COLUMNS), torch.bfloat16)
+    described = plain_format((rows, PROBE_COLUMNS), torch.bfloat16)
     x = torch.ones(1, PROBE_COLUMNS)
     count, best, start = 0, float("inf"), time.perf_counter()
     while count < 3 or time.perf_counter() - start < seconds:
@@ -130,7 +134,10 @@ def plan_decode(
     budget = plan_budget(limit, needs, sizes, spec.top_k, charged + left, expert_cache)
     kind = "graph" if not is_native else "native" if budget.complete else "cached"
     machine = Machine(
-        memory_bandwidth=memory_bandwidth(threads),
+        # The probe stays within the limit too.
+        memory_bandwidth=memory_bandwidth(
+            threads, min(PROBE_BYTES, max(0, budget.limit - charged) // 2)
+        ),
         disk_bandwidth=disk,
         layer_seconds=LAYER_SECONDS[kind],
         step_seconds=STEP_SECONDS,
