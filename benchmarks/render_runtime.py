@@ -172,7 +172,8 @@ def serve_streams(record: dict[str, Any]) -> str:
             "streamed over HTTP, to one client at a time and to 32 together, each with its own "
             "prompt and seed; the texts are equal. Milliseconds to the first token and between "
             "two, medians over the clients, and what 99 % of the gaps stay under. The clients "
-            f"share the processors (load {found['load_average']:.1f} at the end). " + machine(record),
+            f"share the processors (load {found['load_average']:.1f} at the end). "
+            f"{machine(record)}",
             table(header, rows),
         ]
     )
