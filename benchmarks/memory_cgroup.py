@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +32,12 @@ class MemoryCgroup:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # A process that was killed is still counted for a moment after it was waited for.
+        for _ in range(100):
+            try:
+                return self.path.rmdir()
+            except OSError:
+                time.sleep(0.1)
         self.path.rmdir()
 
     @property

@@ -108,14 +108,14 @@ def belady(routing: list[list[int]], layers: int, experts: int, slots: int) -> f
 
 
 def run_llama(
-    gguf: Path, python: str, limit: int, documents: list[list[int]], patience: float
+    gguf: Path, python: str, limit: int, documents: list[list[int]], patience: float, *more: str
 ) -> dict[str, Any]:
     """llama.cpp's memory mapping in a cgroup limited from the start; says how it ended."""
     forget_pages(gguf)
     found: dict[str, Any] = {"limit": limit}
     with MemoryCgroup(f"llama-{os.getpid()}") as group:
         group.limit(limit)
-        arguments = (str(gguf), "--mmap", "--context", str(CONTEXT))
+        arguments = (str(gguf), "--mmap", "--context", str(CONTEXT), *more)
         try:
             with Worker(
                 "worker_llama.py", *arguments, python=python, wrap=group.wrap, patience=patience
@@ -150,7 +150,8 @@ def measure(
         off = run_moekit(packed, cache, documents, "--no-prefetch")
         on = run_moekit(packed, cache, documents)
         best = belady(routing, len(layers), layers[0].num_experts, cache // record)
-        llama = run_llama(gguf, python, on["limit"], documents, patience)
+        default = run_llama(gguf, python, on["limit"], documents, patience)
+        llama = run_llama(gguf, python, on["limit"], documents, patience, "--no-repack")
         hits, misses = off["engine"]["hits"], off["engine"]["misses"]
         rows[f"{share:.0%}"] = {
             "expert_cache": cache,
@@ -164,6 +165,7 @@ def measure(
             "prefetch_off": off,
             "prefetch_on": on,
             "llama": llama,
+            "llama_repacked": default,
         }
     return {
         "expert_bytes": everything,

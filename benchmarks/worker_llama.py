@@ -14,16 +14,15 @@ from worker_loop import serve
 
 
 class LlamaCpp:
-    """One model and one sequence. `exact_cache` keeps keys and values in float32."""
+    """One model and one sequence. Without `repack` the weights stay as they lie in the file."""
 
-    def __init__(
-        self, path: str, threads: int, mmap: bool, context: int, exact_cache: bool
-    ) -> None:
+    def __init__(self, path: str, threads: int, mmap: bool, context: int, repack: bool) -> None:
         peer.llama_backend_init()
         self._quiet = peer.llama_log_callback(lambda *_: None)
         peer.llama_log_set(self._quiet, ctypes.c_void_p(0))
         wanted = peer.llama_model_default_params()
         wanted.load_mode = peer.LLAMA_LOAD_MODE_MMAP if mmap else peer.LLAMA_LOAD_MODE_NONE
+        wanted.use_extra_bufts = repack
         self._model = peer.llama_model_load_from_file(path.encode(), wanted)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
@@ -31,8 +30,6 @@ class LlamaCpp:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = min(context, 512)
         params.n_threads = params.n_threads_batch = threads
-        if exact_cache:
-            params.type_k = params.type_v = peer.GGML_TYPE_F32
         self._context = peer.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError("llama.cpp makes no context")
@@ -84,6 +81,10 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mmap", action="store_true")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--exact-cache", action="store_true")
+    parser.add_argument("--no-repack", action="store_true", help="of weights, in own memory")
     given = parser.parse_args()
-    serve(lambda: LlamaCpp(given.file, given.threads, given.mmap, given.context, given.exact_cache))
+    serve(
+        lambda: LlamaCpp(
+            given.file, given.threads, given.mmap, given.context, repack=not given.no_repack
+        )
+    )
