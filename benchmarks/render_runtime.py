@@ -129,8 +129,8 @@ def run_larger_than_memory(record: dict[str, Any]) -> str:
                 rows,
             ),
             f"llama-cpp-python {versions['llama-cpp-python']} with the same model as Q4_0, memory "
-            "mapped, in a cgroup with the same limit, its weights as they lie in the file; the peak "
-            "is what the cgroup was charged, page cache included. As it is by default it repacks "
+            "mapped, in a cgroup with the same limit, its weights as they lie in the file; the "
+            "peak is what the cgroup was charged, page cache included. As it is by default it repacks "
             "weights into memory of its own: the last column says how that ended, by the limit or "
             f"after {options['patience']:.0f} seconds.",
             table(
