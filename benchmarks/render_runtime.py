@@ -113,7 +113,8 @@ def run_larger_than_memory(record: dict[str, Any]) -> str:
             "slots. Time: with prefetch, over the larger of computing with everything in memory "
             f"({whole['tokens_per_second']:.1f} tokens/s) and reading at the disk's "
             f"{found['disk_bandwidth'] / 1e9:.2f} GB/s what is read without prefetch; bytes: with "
-            "prefetch over without. " + machine(record),
+            "prefetch over without. A time below 1 says that the disk was faster than when its "
+            "speed was measured, before the runs. " + machine(record),
             table(
                 [
                     "experts in memory",
@@ -130,7 +131,7 @@ def run_larger_than_memory(record: dict[str, Any]) -> str:
             ),
             f"llama-cpp-python {versions['llama-cpp-python']} with the same model as Q4_0, memory "
             "mapped, in a cgroup with the same limit, its weights as they lie in the file; the "
-            "peak is what the cgroup was charged, page cache included. As it is by default it repacks "
+            "peak is what the cgroup was charged, page cache included. By default it repacks its "
             "weights into memory of its own: the last column says how that ended, by the limit or "
             f"after {options['patience']:.0f} seconds.",
             table(
