@@ -62,7 +62,25 @@ def test_reads_are_counted_to_the_byte(packed, direct):
         experts = sum(described.num_experts for described in store.layers)
         # Planes that lie one after the other are one read.
         assert (store.stats.experts, store.stats.reads) == (experts, experts)
-        assert store.stats.verified == 3 * experts
+
+
+def test_damage_after_a_good_read_is_found(packed):
+    with ExpertStore.open(packed) as store:
+        store.read(0, 1)
+        path, offset, size = place(store, 0, 1)
+        with path.open("r+b") as file:
+            file.seek(offset + size // 2)
+            byte = file.read(1)
+            file.seek(offset + size // 2)
+            file.write(bytes([byte[0] ^ 1]))
+        try:
+            with pytest.raises(StoreError, match="checksum"):
+                store.read(0, 1)
+        finally:
+            with path.open("r+b") as file:
+                file.seek(offset + size // 2)
+                file.write(byte)
+        store.read(0, 1)
 
 
 def test_planes(packed):

@@ -47,8 +47,8 @@ def apply_plan(
     others = [name for name in plan.uses() if name not in APPLIED]
     if others:
         raise UserError(
-            f"The plan asks for {', '.join(others)}; convert applies {' and '.join(sorted(APPLIED))} only. "
-            f"Take {', '.join(others)} out of the plan."
+            f"The plan asks for {', '.join(others)}; convert applies "
+            f"{' and '.join(sorted(APPLIED))} only. Take {', '.join(others)} out of the plan."
         )
     kept = {
         layer.layer_index: plan.survivors(layer.layer_index, layer.num_experts)

@@ -190,10 +190,9 @@ def check_record(
     expert: int,
     plane: int,
     record: memoryview,
-    whole: bool,
     crc32: Crc32 = zlib.crc32,
 ) -> str | None:
-    """What is wrong with a record that was read, or None; `whole` also checks every byte.
+    """What is wrong with a record that was read, or None.
 
     `crc32` computes what zlib's function of that name does.
     """
@@ -201,7 +200,7 @@ def check_record(
     magic, at, e, p, crc, used, pack_id = _FIELDS.unpack(record[: _FIELDS.size])
     if magic != MAGIC:
         return "it does not begin as a record does"
-    if whole and (found := checksum(record, crc32)) != crc:
+    if (found := checksum(record, crc32)) != crc:
         return f"its checksum is {found:08x} instead of {crc:08x}"
     if (at, e, p, used) != (position, expert, plane, layout.used):
         return f"it says it is plane {p} of expert {e} of layer {at} with {used} bytes"

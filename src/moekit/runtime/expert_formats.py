@@ -16,8 +16,8 @@ def formats_of_layer(
 ) -> list[ExpertFormat] | None:
     """The format of each expert whose records, all planes one after the other, lie at an address.
 
-    `activation`, `alpha` and `limit` are those of `ops.native.formats.expert_format`. Experts of one
-    codec share their format. None where the kernels cannot read a codec or the biases.
+    `activation`, `alpha` and `limit` are those of `ops.native.formats.expert_format`. Experts of
+    one codec share their format. None where the kernels cannot read a codec or the biases.
     """
 
     @functools.cache

@@ -50,12 +50,11 @@ class _Record:
 
 @dataclass
 class StoreStats:
-    """What a store has read: experts, read calls and bytes from its files, records verified."""
+    """What a store has read: experts, read calls and bytes from its files."""
 
     experts: int = 0
     reads: int = 0
     bytes: int = 0
-    verified: int = 0
 
 
 class ExpertStore:
@@ -76,7 +75,6 @@ class ExpertStore:
         self._direct = direct
         # By name and whether opened for direct reads: another thread may still be reading.
         self._files: dict[tuple[str, bool], int] = {}
-        self._verified: set[str] = set()
         self._lock = threading.Lock()
 
     @classmethod
@@ -220,21 +218,15 @@ class ExpertStore:
         ]
 
     def _check(self, layer: int, expert: int, plane: int, piece: Tensor) -> None:
-        name = self.layers[layer].tensor_name(expert, plane)
-        first = name not in self._verified
-        view = piece.numpy().data
-        wrong = check_record(self.header, layer, expert, plane, view, first, _crc32)
+        # Every time: a file may change while it is open, and a disk may fail late.
+        wrong = check_record(self.header, layer, expert, plane, piece.numpy().data, _crc32)
         if wrong is not None:
-            record = self._records[name]
+            record = self._records[self.layers[layer].tensor_name(expert, plane)]
             raise StoreError(
                 f"{self.path / record.file}: expert {expert} of layer {layer} (plane {plane}, "
                 f"bytes {record.offset} to {record.offset + record.size}) is damaged: {wrong}. "
                 "Copy the file again or convert the model again."
             )
-        if first:
-            with self._lock:
-                self._verified.add(name)
-                self.stats.verified += 1
 
     def _read(self, name: str, offset: int, into: Tensor, needed: int | None = None) -> int:
         """Fill `into` from `offset` on; with `needed` the file may end there or later, and the
