@@ -39,20 +39,35 @@ def run_forecast(record: dict[str, Any]) -> str:
         [
             f"{row['runner']}, {row['share']:.0%}",
             f"{row['hit_rate']:.0%}",
+            f"{row['expected_hit_rate']:.0%}",
             f"{row['measured']:.1f}",
             f"{row['forecast']:.1f}",
             f"{row['ratio']:.2f}",
-            row["plan"]["bound"],
+            f"{row['forecast_uniform']:.1f}",
         ]
         for row in record["metrics"]["rows"]
     ]
     return "\n\n".join(
         [
             "## Forecast of decoding",
-            "`benchmarks/run_forecast.py`. `moekit run --dry-run` beside what was measured, on "
-            "random weights of the reference shape R1 at 4 bits, whose routing is about uniform, "
-            f"{record['options']['threads']} threads; the share of the experts in memory, and how "
-            "many of those asked for were there. " + machine(record),
-            table(["runner, experts", "found", "tokens/s", "forecast", "ratio", "bound by"], rows),
+            "`benchmarks/run_forecast.py`. Decoding random tokens on random weights of the "
+            f"reference shape R1 at 4 bits, {record['options']['threads']} threads, with a share "
+            "of the experts in memory: how many of those asked for were there and how many a "
+            "replayed trace of other tokens led to expect; tokens a second, and the forecasts with "
+            "that hit rate and for routing that never repeats itself. What a layer takes besides "
+            "its bytes, and how much of reading overlaps, were fitted on these settings. "
+            + machine(record),
+            table(
+                [
+                    "runner, experts",
+                    "found",
+                    "expected",
+                    "tokens/s",
+                    "forecast",
+                    "ratio",
+                    "forecast, uniform",
+                ],
+                rows,
+            ),
         ]
     )
