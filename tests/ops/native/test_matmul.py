@@ -13,8 +13,8 @@ from moekit.ops.native import formats
 
 NAMES = [method.name for method in registry.methods(kind="codec")]
 WITHOUT_KERNELS = {"ternary", "ternary-zp"}
-PLAIN = {"fp32", "bf16", "fp16"}
-WITH_GROUPS = [name for name in NAMES if name not in PLAIN | WITHOUT_KERNELS]
+PLAIN = ("fp32", "bf16", "fp16")
+WITH_GROUPS = [name for name in NAMES if name not in {*PLAIN, *WITHOUT_KERNELS}]
 EVERY = [(name, 32) for name in PLAIN] + [(n, g) for n in WITH_GROUPS for g in (32, 64, 128)]
 # A tile is 64 rows, a strip of it 16; row-major kernels take 8 rows and 32 columns at a time.
 SHAPES = [(64, 256), (128, 384), (35, 128), (1, 128), (200, 128)]
