@@ -192,23 +192,25 @@ def one_by_one(
 
 
 def summary(found: dict[str, Any]) -> None:
-    """The best round of each program: whatever else runs on a machine only slows one down."""
+    """The medians over the rounds of each program."""
     for row in found.values():
-        row["decode_ms"] = min(r["decode_ms"] for r in row["rounds"])
-        field = "prefill_tokens_per_second"
-        row[field] = max(r[field] for r in row["rounds"])
+        for field in ("decode_ms", "prefill_tokens_per_second"):
+            row[field] = statistics.median(r[field] for r in row["rounds"])
 
 
 def ratios(found: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """How many times as fast the first of a pair is, each in its best round."""
+    """How many times as fast the first of a pair is: the median over rounds of both."""
     prefill, decode = "prefill_tokens_per_second", "decode_ms"
-    return {
-        f"{one} / {other}": {
-            "decode": found[other][decode] / found[one][decode],
-            "prefill": found[one][prefill] / found[other][prefill],
+    made = {}
+    for one, other in pairs:
+        rounds = list(zip(found[one]["rounds"], found[other]["rounds"], strict=True))
+        made[f"{one} / {other}"] = {
+            "decode": statistics.median(theirs[decode] / ours[decode] for ours, theirs in rounds),
+            "prefill": statistics.median(
+                ours[prefill] / theirs[prefill] for ours, theirs in rounds
+            ),
         }
-        for one, other in pairs
-    }
+    return made
 
 
 def main() -> None:
