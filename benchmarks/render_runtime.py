@@ -56,7 +56,8 @@ def run_in_memory(record: dict[str, Any]) -> str:
         "weights, one sequence, two threads each, the programs in turns: a prompt of "
         f"{options['prompt']} tokens, then {options['steps']} tokens one by one (their median). "
         f"Medians over {options['rounds']} rounds, ratios round by round. int4: experts, "
-        "attention and output head in groups of 32, as Q4_0 has them. GB is the peak of what the process held, mapped files "
+        "attention and output head in groups of 32, as Q4_0 has them. GB is the peak of what "
+        "the process held, mapped files "
         f"included. llama-cpp-python {versions['llama-cpp-python']}; " + machine(record),
         table(["program", "ms a token", "prefill tokens/s", "opening s", "GB"], rows),
         "How many times as fast:",
