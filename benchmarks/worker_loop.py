@@ -54,6 +54,8 @@ def answer(program: Program, request: dict[str, Any]) -> Any:
             return memory()
         case "stats":
             return program.stats()  # type: ignore[attr-defined]
+        case "fill":
+            return program.fill()  # type: ignore[attr-defined]
     raise ValueError(request["op"])
 
 

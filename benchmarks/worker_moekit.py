@@ -43,6 +43,13 @@ class Moekit:
         (rows,) = self._runner.forward([self._sequence], [ids], all_positions=True)
         return torch.as_tensor(rows).float().numpy()
 
+    def fill(self) -> bool:
+        """Read the experts that have not been asked for yet; whether all are in memory then."""
+        cache = self._engine.cache
+        if cache is not None:
+            cache.load_all()
+        return cache is None or cache.complete
+
     def stats(self) -> dict[str, Any]:
         """Of the engine, its cache and its budget; and routing [steps, K] so far if recorded."""
         engine = self._engine
