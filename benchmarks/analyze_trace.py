@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else ran on the machine")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = start_record("benchmarks/analyze_trace", vars(options), seed=options.seed)
+    given = {"tokens": options.tokens, "seed": options.seed, "note": options.note}
+    record = start_record("benchmarks/analyze_trace", given, seed=options.seed)
     path = options.work / "analyze_trace_benchmark"
     try:
         expected = synthesise(path, options.tokens, options.seed)
