@@ -1,0 +1,1 @@
+"""Making a model smaller: methods turn statistics into an `ExpertPlan`, `convert` applies it."""
