@@ -152,6 +152,17 @@ def check_out(out: Path) -> Path:
     return out
 
 
+def write_page(out: Path, page: str) -> None:
+    """Write an HTML file, whole or not at all; `UserError` where the disk refuses."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror}") from error
+
+
 def set_up(seed: int, threads: int | None = None) -> None:
     """Seed every generator and set the number of CPU threads; imports torch and transformers."""
     import torch

@@ -24,6 +24,10 @@ VERBS = {
     "profile": ("moekit.cli.profile:profile", "Measure what each expert does on a text."),
     "report": ("moekit.cli.report:report", "Make a page about what a model's experts do."),
     "eval": ("moekit.cli.eval:evaluate", "Measure bits per byte and perplexity, or run tasks."),
+    "compare": (
+        "moekit.cli.compare:compare",
+        "Set results side by side: size against loss.",
+    ),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
     "list": ("moekit.cli.list:list_methods", "List the methods moekit has."),

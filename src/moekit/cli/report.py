@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from moekit.cli.common import (
     open_model,
     output,
     progress,
+    write_page,
 )
 from moekit.core.errors import UserError
 
@@ -93,7 +93,7 @@ def report(
         from moekit.report import print_summary, read_subjects, render
         from moekit.report.comparison import changes
         from moekit.report.conclusions import conclusions, summary_line
-        from moekit.report.page import plotly_bundle
+        from moekit.report.document import plotly_bundle
 
         if out is not None:
             # Before any model runs: a missing package is no reason to wait first.
@@ -106,7 +106,7 @@ def report(
             for subject in subjects
         ]
         if out is not None:
-            _write(out, render(every))
+            write_page(out, render(every))
         if not as_json:
             print_summary(every)
             if out is not None:
@@ -227,13 +227,3 @@ def _run(
         "tokenizer": loaded.tokenizer,
         "bits_per_byte": {name: domain.bpb for name, domain in loss.per_domain.items()},
     }
-
-
-def _write(out: Path, page: str) -> None:
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write --out {out}: {error.strerror}") from error
