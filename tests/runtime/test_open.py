@@ -14,7 +14,7 @@ from moekit.runtime.choose import choose_codec
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.native_runner import NativeRunner
 from moekit.runtime.store import StoreError
-from tests.models import tiny_config, write_tiny_model
+from tests.models import CONTEXT, tiny_config, write_tiny_model
 
 PROMPTS = [[5, 9, 2], [7], [11, 3, 3, 8, 1, 250]]
 
@@ -211,3 +211,11 @@ def test_resident_codec(packed):
         assert torch.tensor(engine.generate(PROMPTS[:1], 3)).shape == (1, 6)
     with moekit.open_engine(packed) as engine:
         assert coarse < engine.budget.needs.resident
+
+
+def test_more_context_than_the_model_has_is_refused(tiny, packed):
+    for path, options in ((tiny, {}), (packed, {}), (tiny, {"memory": "auto"})):
+        with pytest.raises(
+            UserError, match=f"max_context {CONTEXT + 1} is more than the model's {CONTEXT} tokens"
+        ):
+            moekit.open_engine(path, max_context=CONTEXT + 1, **options)

@@ -293,7 +293,7 @@ def test_what_cannot_be_served_is_said_at_once(model, refused, monkeypatch):
     assert "no such" in refused("serve", "/not/there").lower()
     assert "--api-key is empty" in refused("serve", model, "--api-key", "")
     long = refused("serve", model, "--port", 0, "--max-context", 500)
-    assert f"--max-context 500 is more than the model's {CONTEXT}" in long
+    assert f"max_context 500 is more than the model's {CONTEXT} tokens" in long
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)

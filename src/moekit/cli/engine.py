@@ -1,12 +1,20 @@
-"""The options of an engine, for the verbs that open one."""
+"""The options of an engine, for the verbs that open one, and opening it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from moekit.cli.common import Dtype, note, progress
+from moekit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moekit.runtime.engine import Engine
 
 MemoryOption = Annotated[
     str | None,
@@ -65,3 +73,28 @@ def needs_engine(model: str, options: dict[str, Any]) -> bool:
     from moekit.core.load import PACKED_FILE
 
     return bool(options) or (Path(model).expanduser() / PACKED_FILE).is_file()
+
+
+@contextmanager
+def opened_engine(
+    model: str, options: dict[str, Any], dtype: Dtype, threads: int | None
+) -> Iterator[Engine]:
+    """The engine for `options`, packing shown on standard error; closed at the end.
+
+    Raises UserError as `open_engine` does, and for a model that cannot read text.
+    """
+    import moekit
+
+    with progress("packing", "B") as update:
+        engine = moekit.open_engine(
+            model,
+            threads=threads,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            progress=update,
+            note=note,
+            **options,
+        )
+    with engine:
+        if engine.tokenizer is None:
+            raise UserError(f"{model} has no tokenizer, so it cannot read text")
+        yield engine

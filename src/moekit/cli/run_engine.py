@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moekit.cli.common import Dtype, Output, note, progress, set_up, table_lines
+from moekit.cli.common import Dtype, Output, note, set_up, table_lines
+from moekit.cli.engine import opened_engine
 from moekit.core.errors import UserError
 from moekit.core.memory import format_bytes
 
@@ -71,27 +72,13 @@ def opened(
 
     resolve_model(model)
     set_up(seed, threads)
-    import moekit
-
     plan = None
     if "memory" in options:
         # Before anything is loaded: its probe of the memory would count on top. What does not fit
         # is refused by the engine, which knows the sizes exactly.
         with suppress(UserError):
             plan = _plan(model, options, threads)
-    with progress("packing", "B") as update:
-        engine = moekit.open_engine(
-            model,
-            threads=threads,
-            dtype=None if dtype is Dtype.auto else dtype.value,
-            progress=update,
-            note=note,
-            streams=1,
-            **options,
-        )
-    with engine:
-        if engine.tokenizer is None:
-            raise UserError(f"{model} has no tokenizer, so it cannot read text")
+    with opened_engine(model, {**options, "streams": 1}, dtype, threads) as engine:
         for line in engine.notes:
             note(line)
         if engine.budget is not None:

@@ -15,7 +15,6 @@ from moekit.cli.common import (
     ModelArgument,
     ThreadsOption,
     note,
-    progress,
     set_up,
     table_lines,
 )
@@ -31,6 +30,7 @@ from moekit.cli.engine import (
     RunnerName,
     RunnerOption,
     engine_options,
+    opened_engine,
 )
 from moekit.core.errors import UserError
 from moekit.core.memory import format_bytes
@@ -140,7 +140,9 @@ def serve(
         from moekit.serve.server import serve as answer
         from moekit.serve.service import Service
 
-        with _opened(model, options, dtype, threads) as engine:
+        with opened_engine(model, options, dtype, threads) as engine:
+            if engine.budget is None and _native_could(engine):
+                note(PACK_HINT)
             service = Service(
                 engine,
                 name or Path(model).resolve().name,
@@ -163,32 +165,6 @@ def _check_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"moekit serve needs {' and '.join(missing)}: pip install 'moekit[serve]'")
-
-
-def _opened(model: str, options: dict[str, Any], dtype: Dtype, threads: int | None) -> Engine:
-    import moekit
-
-    with progress("packing", "B") as update:
-        engine = moekit.open_engine(
-            model,
-            threads=threads,
-            dtype=None if dtype is Dtype.auto else dtype.value,
-            progress=update,
-            note=note,
-            **options,
-        )
-    config = engine.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None) or engine.max_context
-    if engine.tokenizer is None:
-        problem = f"{model} has no tokenizer, so it cannot read text"
-    elif engine.max_context > longest:
-        problem = f"--max-context {engine.max_context} is more than the model's {longest}"
-    else:
-        if engine.budget is None and _native_could(engine):
-            note(PACK_HINT)
-        return engine
-    engine.close()
-    raise UserError(problem)
 
 
 def _native_could(engine: Engine) -> bool:

@@ -25,6 +25,7 @@ from moekit.ops import native
 from moekit.ops.native.formats import plain_format
 from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
 from moekit.runtime.choose import choose_codec, experts
+from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import disk_bandwidth, file_bandwidth
 from moekit.runtime.expert_cache import record_sizes
@@ -34,7 +35,6 @@ from moekit.runtime.store import ExpertStore
 # Bytes and columns of a matrix that no cache of a CPU holds.
 PROBE_BYTES, PROBE_COLUMNS = 2**27, 4096
 PROBE_SECONDS = 0.2
-CONTEXT = 4096
 # Seconds a MoE layer takes besides its bytes, measured on two cores of Zen 4: calls and barriers;
 # claims and predictions where experts come and go; in transformers' modules many small operations.
 LAYER_SECONDS = {
@@ -203,7 +203,6 @@ def _scratch(spec: MoESpec) -> int:
 def _context(config: PretrainedConfig, asked: int | None) -> tuple[int, int]:
     """Tokens of a sequence, and bytes of keys and values a token in 16 bits."""
     text: Any = config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or CONTEXT
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return asked or min(longest, CONTEXT), 4 * heads * dim * text.num_hidden_layers
+    return context_length(config, asked), 4 * heads * dim * text.num_hidden_layers

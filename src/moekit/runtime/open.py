@@ -16,6 +16,7 @@ from moekit.core.machine import available_memory
 from moekit.core.memory import bytes_of, format_bytes
 from moekit.core.packed import PACKED_FILE
 from moekit.core.spec import MoESpec
+from moekit.runtime.context import context_length
 from moekit.runtime.engine import Engine
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.pack_cache import packed_copy
@@ -28,8 +29,6 @@ AUTO = "auto"
 RUNNERS = (AUTO, "graph", "native")
 # Sequences at once, where no memory limit says how many.
 STREAMS = 32
-# Tokens of a sequence, where neither the caller nor the model sets a limit.
-CONTEXT = 4096
 
 
 def open_engine(
@@ -66,8 +65,8 @@ def open_engine(
     `streams` sequences of up to `max_context` tokens are planned for.
 
     `progress` gets (bytes packed, all bytes), `note` lines for the user. Raises UserError as `load`
-    and `pack` do, and with all numbers where the model does not fit; StoreError for a damaged
-    packed model.
+    and `pack` do, for more context than the model was made for, and with all numbers where the
+    model does not fit; StoreError for a damaged packed model.
     """
     if runner not in RUNNERS:
         raise UserError(f"runner {runner!r} is none of {', '.join(RUNNERS)}")
@@ -75,6 +74,8 @@ def open_engine(
     if threads is not None:
         torch.set_num_threads(threads)
     source = find_config(path)
+    # Before anything is packed or read.
+    context_length(read_config(source), max_context)
     packed = (Path(source) / PACKED_FILE).is_file()
     if not packed and memory is None and codec is None and expert_cache is None:
         return _open_whole(path, dtype, runner, max_context, streams)
@@ -116,14 +117,13 @@ def _open_whole(
         _check_fits(find_model(path))
     loaded = load(path, dtype)
     config: Any = loaded.model.config
-    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return Engine(
         GraphRunner(loaded.model),
         spec=loaded.spec,
         config=config,
         generation_config=loaded.model.generation_config,
         tokenizer=loaded.tokenizer,
-        max_context=max_context or context or CONTEXT,
+        max_context=context_length(config, max_context, default=None),
         streams=streams or STREAMS,
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from moekit.ops.native import library
 from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
 from moekit.runtime.choose_policy import choose_policy
 from moekit.runtime.claim import Claim
+from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import disk_bandwidth
 from moekit.runtime.engine import Engine
@@ -41,8 +41,6 @@ from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
 from moekit.runtime.store import ExpertStore
 
-# Tokens of a sequence and sequences at once that memory is planned for, if nobody says.
-CONTEXT = 4096
 PREDICTOR = "next-gate"
 
 
@@ -129,9 +127,7 @@ class _Opening:
         self.store, self.config, self.spec, self.request = store, config, spec, request
         self.program, self.available = program, available
         self.sizes = record_sizes(store)
-        text: Any = config.get_text_config(decoder=True)
-        longest = getattr(text, "max_position_embeddings", None) or CONTEXT
-        self.context = request.max_context or min(longest, CONTEXT)
+        self.context = context_length(config, request.max_context)
         self.streams = request.streams or (1 if request.limit is not None else 8)
         self.dtype = None if request.dtype is None else getattr(torch, request.dtype)
 
