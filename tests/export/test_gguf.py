@@ -259,7 +259,6 @@ def test_a_tokenizer_that_adds_tokens(tmp_path):
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank is None in a model of 3 layers"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "every other layer"),
-        ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}}, "rounds YaRN's bounds"),
     ],
 )
 def test_what_llama_cpp_does_not_compute(tmp_path, family, fields, message):
@@ -318,3 +317,21 @@ def test_interruption_leaves_nothing(tmp_path):
         convert_gguf(tmp_path / "model", tmp_path / "out.gguf", progress=stop)
     assert all(seen)
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_published_gpt_oss_is_written_with_a_note(tmp_path):
+    config = TINY["gpt_oss"]()
+    config.rope_parameters = {**YARN, "truncate": False}
+    build_tiny("gpt_oss", config=config).save_pretrained(tmp_path / "model")
+    notes = []
+    convert_gguf(tmp_path / "model", tmp_path / "out.gguf", note=notes.append)
+    assert any("rounds YaRN's bounds" in line for line in notes)
+    config.rope_parameters["truncate"] = True
+    build_tiny("gpt_oss", config=config).save_pretrained(tmp_path / "rounded")
+    other = []
+    convert_gguf(tmp_path / "rounded", tmp_path / "rounded.gguf", note=other.append)
+    assert not any("YaRN" in line for line in other)
+    assert values(tmp_path / "out.gguf")[2] == {
+        **values(tmp_path / "rounded.gguf")[2],
+        "general.name": "model",
+    }

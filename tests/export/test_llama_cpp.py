@@ -35,7 +35,7 @@ def test_every_variant_has_the_logits_of_transformers(tmp_path, variant):
 
 
 def test_exact_bounds_of_yarn_are_what_llama_cpp_lacks(tmp_path):
-    """Why `truncate: false` is refused: nothing else in such a model differs."""
+    """What the note on `truncate: false` says: nothing else in such a model differs."""
     model = save("gpt_oss", tmp_path / "model")
     convert_gguf(tmp_path / "model", tmp_path / "out.gguf", gguf_type="f32")
     exact = build("gpt_oss")

@@ -27,7 +27,7 @@ from moekit.core.plan import ExpertPlan
 from moekit.core.record import FileHash, start_record
 from moekit.core.registry import register
 from moekit.core.spec import spec_from_config
-from moekit.export.gguf_keys import add_keys, check_family, family_of
+from moekit.export.gguf_keys import add_keys, check_family, differences, family_of
 from moekit.export.gguf_tensors import gguf_tensors
 from moekit.export.gguf_types import FILE_TYPES, Encoding, check_type, encode, encoding_of
 from moekit.export.gguf_vocab import add_vocabulary, read_vocabulary
@@ -114,7 +114,10 @@ def convert_gguf(
             source_bytes=checkpoint.nbytes,
             types=_count(encodings.values()),
             experts=work.result.experts,
-            notes=_notes(gguf_type, encodings, work.unused, vocabulary is None),
+            notes=[
+                *differences(config),
+                *_notes(gguf_type, encodings, work.unused, vocabulary is None),
+            ],
         )
         if dry_run:
             result.seconds = (result.bytes + result.source_bytes) / ASSUMED_BYTES_PER_SECOND

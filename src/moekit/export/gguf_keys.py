@@ -36,6 +36,18 @@ def check_family(family: GgufFamily, config: PretrainedConfig, spec: MoESpec) ->
         raise UserError(f"{problem}: this {config.model_type} cannot be written as GGUF.")
 
 
+def differences(config: PretrainedConfig) -> list[str]:
+    """What llama.cpp computes a little differently for a model that passes `check_family`."""
+    rope = _rope(config)
+    if rope["rope_type"] != YARN or rope.get("truncate") is not False:
+        return []
+    # No key and no tensor of this architecture says otherwise.
+    return [
+        "llama.cpp rounds YaRN's bounds (rope_parameters.truncate is False here): logits differ "
+        "from transformers', as in every GGUF of such a model."
+    ]
+
+
 def _problems(family: GgufFamily, config: PretrainedConfig, spec: MoESpec) -> Iterator[str]:
     dense = spec.num_layers - len(spec.per_layer)
     if spec.moe_layers != tuple(range(dense, spec.num_layers)) or (
@@ -68,11 +80,6 @@ def _problems(family: GgufFamily, config: PretrainedConfig, spec: MoESpec) -> It
         scales = rope.get("mscale"), rope.get("mscale_all_dim")
         if scales[0] != scales[1] or bool(scales[0]) != family.latent:
             yield f"YaRN's mscale and mscale_all_dim are {scales[0]} and {scales[1]}"
-        if rope.get("truncate") is False:
-            yield (
-                "rope_parameters.truncate is False, llama.cpp rounds YaRN's bounds; setting it to "
-                "true in config.json accepts that, as published GGUF files of gpt-oss do"
-            )
     layers = config.num_hidden_layers
     if family.latent and config.q_lora_rank is None and layers not in LITE_LAYERS:
         yield f"q_lora_rank is None in a model of {layers} layers"

@@ -8,6 +8,7 @@ import zlib
 import pytest
 import torch
 
+from moekit.core.errors import UserError
 from moekit.ops import native
 from moekit.ops.native import build
 from moekit.ops.native.library import library
@@ -129,3 +130,15 @@ def test_checksums_are_those_of_zlib(kernels):
                 assert kernels.crc32(piece, before) == zlib.crc32(piece.numpy(), before)
     view = memoryview(bytearray(b"in two "))
     assert kernels.crc32(b"parts", kernels.crc32(view)) == zlib.crc32(b"in two parts")
+
+
+def test_an_unknown_instruction_set_is_refused(fresh, monkeypatch):
+    found = library()
+    if found is None:
+        pytest.skip("no compiler")
+    library.cache_clear()
+    monkeypatch.setenv("MOEKIT_ISA", "avx3")
+    with pytest.raises(UserError, match=rf"MOEKIT_ISA is 'avx3'; this machine runs .*{found.isa}"):
+        library()
+    monkeypatch.setenv("MOEKIT_ISA", found.isa)
+    assert library().isa == found.isa

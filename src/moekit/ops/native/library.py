@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.core.errors import UserError
 from moekit.ops.native.build import BuildError, cached_library
 from moekit.ops.native.structures import (
     FUNCTIONS,
@@ -159,9 +161,12 @@ class Pool:
 @functools.cache
 def library() -> Library | None:
     """The kernels of this machine, compiled at their first use; None, after a warning that names
-    the reason, where they cannot be."""
+    the reason, where they cannot be.
+
+    Raises UserError where MOEKIT_ISA asks for an instruction set that is none or not there.
+    """
     try:
-        return Library(str(cached_library()))
+        found = Library(str(cached_library()))
     except (BuildError, OSError) as error:
         warnings.warn(
             f"moekit's CPU kernels are not available, torch's are used, which is slower: {error}",
@@ -169,6 +174,11 @@ def library() -> Library | None:
             stacklevel=2,
         )
         return None
+    wanted = os.environ.get("MOEKIT_ISA")
+    if wanted is not None and found.isa != wanted:
+        usable = ", ".join(isa for isa in ISAS if found.supports(isa))
+        raise UserError(f"MOEKIT_ISA is {wanted!r}; this machine runs {usable}")
+    return found
 
 
 def loaded() -> Library | None:
