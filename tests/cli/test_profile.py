@@ -49,6 +49,23 @@ def test_profile_is_that_of_the_python_call(moekit, tiny, data, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"s"}
 
 
+def test_shuffle_draws_documents_by_seed(moekit, tiny, tmp_path):
+    lines = [json.dumps({"text": f"document {n} " * (n + 1)}) for n in range(12)]
+    (tmp_path / "en.jsonl").write_text("\n".join(lines))
+
+    def counted(name, *options):
+        out = tmp_path / name
+        done = moekit("profile", tiny, tmp_path / "en.jsonl", "--out", out, *options)
+        assert done.code == 0, done.err
+        return ExpertStats.open(out)
+
+    part = ("--max-tokens", 60)
+    first, again = (counted(name, *part, "--shuffle", "--seed", 1) for name in "ab")
+    assert differences(first, again) == []
+    assert differences(first, counted("c", *part, "--shuffle", "--seed", 2)) != []
+    assert differences(first, counted("d", *part)) != []
+
+
 def test_streamed_is_the_same(moekit, tiny, data, tmp_path):
     sets = ("--set", "default", "--set", "full", "--layers", "1", "--batch-size", 4)
     moekit("profile", tiny, data, "--out", tmp_path / "a", *sets)

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from moekit.core.errors import UserError
-from moekit.evaluate.text import Sample, read_texts
+from moekit.evaluate.text import Sample, read_texts, shuffled
 
 
 def test_reads_jsonl_text_and_directories(tmp_path):
@@ -45,3 +45,14 @@ def test_bad_text_is_named(tmp_path, name, content, words):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
         read_texts(tmp_path / "nowhere.jsonl")
+
+
+def test_shuffling_is_by_seed_and_domain():
+    samples = [Sample(str(n), domain) for domain in "ab" for n in range(20)]
+    first = shuffled(samples, 1)
+    assert first == shuffled(samples, 1)
+    assert sorted(first, key=str) == sorted(samples, key=str)
+    assert first != samples
+    assert first != shuffled(samples, 2)
+    # The other domain's documents change nothing.
+    assert [s for s in first if s.domain == "b"] == shuffled(samples[20:], 1)

@@ -90,6 +90,12 @@ def profile(
         int | None,
         typer.Option(min=1, help="Read so many tokens, an equal share from each domain."),
     ] = None,
+    shuffle: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle", help="Draw the documents of --max-tokens by --seed, not the first ones."
+        ),
+    ] = False,
     min_tokens: Annotated[
         int, typer.Option(min=1, help="Report experts that fewer tokens chose.")
     ] = 32,
@@ -112,10 +118,10 @@ def profile(
             raise UserError("--memory is a limit for --stream, which is not given")
         check_out(out)
         from moekit.core.memory import bytes_of
-        from moekit.evaluate.text import read_texts
+        from moekit.evaluate.text import read_texts, shuffled
 
         limit = None if memory is None else bytes_of(memory)
-        texts = read_texts(data)
+        texts = shuffled(read_texts(data), seed) if shuffle else read_texts(data)
         with _opened(model, dtype, seed, threads, stream, limit) as (view, tokenizer, streamed):
             from moekit.core.collect import pad_batches
             from moekit.core.record import FileHash, start_record
@@ -146,6 +152,7 @@ def profile(
                 "memory": limit,
                 "seq_len": length,
                 "max_tokens": max_tokens,
+                "shuffle": shuffle,
                 "min_tokens": min_tokens,
                 "batch_size": size,
                 "add": add,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moekit.core.errors import UserError
+from moekit.core.seeds import derive_seed
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 
@@ -54,6 +56,19 @@ def limit_bytes_per_domain(samples: Iterable[Sample], max_bytes: int) -> list[Sa
         if text:
             kept.append(Sample(text, sample.domain))
     return kept
+
+
+def shuffled(samples: Iterable[Sample], seed: int) -> list[Sample]:
+    """The documents in an order drawn by `seed`, so that a part of them is a random sample.
+
+    Which document of a domain comes at which place depends on that domain's documents alone.
+    """
+    by_domain: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_domain.setdefault(sample.domain, []).append(sample)
+    for domain, documents in by_domain.items():
+        random.Random(derive_seed(seed, f"documents of {domain}")).shuffle(documents)
+    return [sample for documents in by_domain.values() for sample in documents]
 
 
 def _read_one(name: str) -> list[Sample]:
