@@ -101,6 +101,22 @@ def test_route_is_the_plain_rule_inside_of_a_transform():
         assert torch.equal(view[0].route(hidden).ids, plain.ids)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "doge"])
+def test_route_without_some_experts_is_that_of_a_ban(family: str):
+    view, inputs = MoEView(build_tiny(family)), torch.arange(3, 12).unsqueeze(0)
+    calls = []
+    with view.observe(calls.append, logits=True, layers=[0]), torch.no_grad():
+        view.model(input_ids=inputs)
+    banned = [int(calls[0].ids[0, 0])]
+    with view.ban_experts({0: banned}), view.observe(calls.append, layers=[0]), torch.no_grad():
+        view.model(input_ids=inputs)
+    plain, without = calls
+    found = view[0].route_from_logits(plain.logits, plain.router_input, banned)
+    assert not torch.isin(found.ids, torch.tensor(banned)).any()
+    assert torch.equal(found.ids, without.ids)
+    assert torch.equal(found.weights, without.weights)
+
+
 @pytest.mark.parametrize("family", ["afmoe", "zaya"])
 def test_route_feeds_routers_that_insist_on_a_batch(family: str):
     layer = MoEView(build_tiny(family))[0]

@@ -122,24 +122,37 @@ class MoELayer:
         return self._route(hidden, context, edit=None)
 
     def route_from_logits(
-        self, logits: Tensor, hidden: Tensor | None = None, **context: Any
+        self,
+        logits: Tensor,
+        hidden: Tensor | None = None,
+        banned: Iterable[int] = (),
+        **context: Any,
     ) -> Routing:
         """Apply the family's routing rule to given logits [T, C].
 
         `hidden` matters only where the rule reads more than the logits (inkling's shared experts).
+        Choices in `banned` lose to all others, as under `seam.ban_experts`.
         """
         if hidden is None:
             hidden = torch.zeros(
                 len(logits), self.router_width, dtype=self.dtype, device=logits.device
             )
-        return self._route(hidden, context, edit=lambda _: logits)
+        banned = list(banned)
+        if banned:
+            gone = torch.tensor(banned, device=logits.device)
+            logits = logits.index_fill(-1, gone, float("-inf"))
+        return self._route(hidden, context, lambda _: logits, banned)
 
     def _route(
-        self, hidden: Tensor, context: dict[str, Any], edit: Callable[[Tensor], Tensor] | None
+        self,
+        hidden: Tensor,
+        context: dict[str, Any],
+        edit: Callable[[Tensor], Tensor] | None,
+        banned: Iterable[int] = (),
     ) -> Routing:
         router = self._need_router()
         arguments = self._router_arguments(context)
-        tap = self.tap(edit)
+        tap = self.tap(edit, banned)
         # The class's forward: the instance's may be patched by the seam, and this is the plain rule
         forward = type(router).forward
         with tap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,7 +48,11 @@ class DogeLayer(MoELayer):
         return out
 
     def _route(
-        self, hidden: Tensor, context: dict[str, Any], edit: Callable[[Tensor], Tensor] | None
+        self,
+        hidden: Tensor,
+        context: dict[str, Any],
+        edit: Callable[[Tensor], Tensor] | None,
+        banned: Iterable[int] = (),
     ) -> Routing:
         logits, order = self._logits(self.block.router_gate(hidden))
         if edit is not None:
