@@ -214,8 +214,7 @@ def test_resident_codec(packed):
 
 
 def test_more_context_than_the_model_has_is_refused(tiny, packed):
+    message = f"max_context {CONTEXT + 1} is more than the model's {CONTEXT} tokens"
     for path, options in ((tiny, {}), (packed, {}), (tiny, {"memory": "auto"})):
-        with pytest.raises(
-            UserError, match=f"max_context {CONTEXT + 1} is more than the model's {CONTEXT} tokens"
-        ):
+        with pytest.raises(UserError, match=message):
             moekit.open_engine(path, max_context=CONTEXT + 1, **options)
