@@ -10,8 +10,8 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.core.registry import registry
+from moekit.ops.codecs import Encoded, make_codec
 from moekit.ops.codecs import codec as codec_module
-from moekit.ops.codecs import make_codec
 from moekit.ops.codecs.bit_fields import pack_bits, packed_bytes, unpack_bits
 
 NAMES = [method.name for method in registry.methods(kind="codec")]
@@ -55,7 +55,8 @@ def same(a, b):
 
 def test_there_are_the_promised_codecs():
     integers = {f"int{bits}{zp}" for bits in (8, 4, 3, 2) for zp in ("", "-zp")}
-    assert integers | {*PLAIN, "ternary", "ternary-zp", "nested3", "nested4"} <= set(NAMES)
+    others = {"binary", "ternary", "ternary-zp", "nested3", "nested4"}
+    assert integers | PLAIN | others <= set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "group_size"), EVERY)
@@ -253,3 +254,29 @@ def test_wrong_weights_are_refused(name):
 def test_unknown_codec():
     with pytest.raises(UserError, match="did you mean int4"):
         make_codec("int44")
+
+
+@pytest.mark.parametrize("name", [n for n in GROUPED if not n.startswith("nested")])
+def test_the_steps_of_a_grid_codec_are_its_encoding(name):
+    codec, weight = make_codec(name), weights()
+    grouped = weight.unflatten(1, (-1, 32))
+    grid = codec.fit(grouped)
+    columns = {key: values[..., None] for key, values in grid.items()}
+    codes = codec.nearest(grouped, columns)
+    encoded = codec.encode(weight)
+    assert same(Encoded((6, 384), (codec.pack(codes, grid),)), encoded)
+    assert torch.equal(codec.level(codes, columns).flatten(1), codec.decode(encoded))
+    assert torch.equal(codec.nearest(codec.level(codes, columns), columns), codes)
+    # No other code is nearer.
+    error = (codec.level(codes, columns) - grouped).abs()
+    for other in range(int(codes.max()) + 1):
+        there = codec.level(torch.full_like(codes, other), columns)
+        assert bool((error <= (there - grouped).abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", ["int4", "int2-zp"])
+def test_a_smaller_range_has_a_smaller_step(name):
+    codec, grouped = make_codec(name), weights().unflatten(1, (-1, 32))
+    whole, part = codec.fit(grouped)["scale"], codec.fit(grouped, shrink=0.5)["scale"]
+    # Both are rounded up to 11 bits.
+    assert torch.allclose(part.float(), whole.float() / 2, rtol=2**-9)

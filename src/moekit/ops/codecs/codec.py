@@ -144,3 +144,14 @@ def rounded_up(scale: Tensor, what: str) -> Tensor:
             "large for this codec; take fp32 or bf16."
         )
     return rounded
+
+
+def finite_half(level: Tensor) -> Tensor:
+    """Levels rounded to float16; raises `UserError` where they are beyond it."""
+    rounded = level.half()
+    if not bool(torch.isfinite(rounded).all()):
+        raise UserError(
+            f"A level of {float(level.max()):.3g} is beyond float16 (65504): the weights are too "
+            "large for this codec; take fp32 or bf16."
+        )
+    return rounded

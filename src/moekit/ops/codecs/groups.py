@@ -13,22 +13,17 @@ from torch import Tensor
 
 from moekit.core.registry import Option, register_preset
 from moekit.ops.codecs.bit_fields import pack_bits, packed_bytes, unpack_bits
-from moekit.ops.codecs.codec import (
-    Codec,
-    Encoded,
-    Part,
-    check_group_size,
-    check_width,
-    rounded_up,
-)
+from moekit.ops.codecs.codec import Encoded, Part, check_group_size, check_width, rounded_up
+from moekit.ops.codecs.grid import Grid, GridCodec, spread
 
 GROUP_OPTION = Option("group_size", "int", "columns that share a scale: 32, 64 or 128", 32)
 
 
-class GroupCodec(Codec):
+class GroupCodec(GridCodec):
     """Integers of `bits` bits with a float16 scale, and with a byte of zero point if asked for."""
 
     tiled = True
+    can_shrink = True
 
     def __init__(self, *, bits: int, zero_point: bool = False, group_size: int = 32) -> None:
         check_group_size(group_size)
@@ -50,30 +45,35 @@ class GroupCodec(Codec):
             parts.append(Part("zero", groups, torch.uint8))
         return (tuple(parts),)
 
-    def encode_rows(self, rows: Tensor) -> tuple[dict[str, Tensor], ...]:
-        grouped = rows.unflatten(1, (-1, self.group_size))
+    def fit(self, grouped: Tensor, shrink: float = 1.0) -> Grid:
         top = 2**self.bits - 1
-        if self.zero_point:
-            low = grouped.amin(-1).clamp(max=0)
-            high = grouped.amax(-1).clamp(min=0)
-            scale = rounded_up((high - low) / top, "scale")
-            zero = torch.round(-low / _divisor(scale)).clamp(0, top)
-        else:
-            scale = rounded_up(grouped.abs().amax(-1) / (2 ** (self.bits - 1) - 1), "scale")
-            zero = torch.full_like(scale, 2 ** (self.bits - 1), dtype=torch.float32)
-        steps = grouped / _divisor(scale)[..., None]
-        levels = torch.round(steps + zero[..., None]).clamp(0, top)
-        plane = {"payload": pack_bits(levels, self.bits), "scale": scale}
-        if self.zero_point:
-            plane["zero"] = zero.to(torch.uint8)
-        return (plane,)
+        if not self.zero_point:
+            largest = grouped.abs().amax(-1) * shrink
+            return {"scale": rounded_up(largest / (2 ** (self.bits - 1) - 1), "scale")}
+        low = grouped.amin(-1).clamp(max=0) * shrink
+        high = grouped.amax(-1).clamp(min=0) * shrink
+        scale = rounded_up((high - low) / top, "scale")
+        zero = torch.round(-low / _divisor(scale)).clamp(0, top)
+        return {"scale": scale, "zero": zero.to(torch.uint8)}
+
+    def nearest(self, values: Tensor, grid: Grid) -> Tensor:
+        levels = torch.round(values / _divisor(grid["scale"]) + self._zero(grid))
+        return levels.clamp(0, 2**self.bits - 1)
+
+    def level(self, codes: Tensor, grid: Grid) -> Tensor:
+        return (codes.float() - self._zero(grid)) * grid["scale"].float()
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        return {"payload": pack_bits(codes, self.bits), **grid}
+
+    def _zero(self, grid: Grid) -> Tensor | float:
+        return grid["zero"].float() if self.zero_point else float(2 ** (self.bits - 1))
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         plane = encoded.planes[0]
-        levels = unpack_bits(plane["payload"], self.bits, self.group_size).float()
-        zero = plane["zero"].float()[..., None] if self.zero_point else 2 ** (self.bits - 1)
-        values = (levels - zero) * plane["scale"].float()[..., None]
-        return values.flatten(1).to(dtype)
+        grid = {name: values for name, values in plane.items() if name != "payload"}
+        codes = unpack_bits(plane["payload"], self.bits, self.group_size)
+        return self.level(codes, spread(grid)).flatten(1).to(dtype)
 
     def error_bound(self, weight: Tensor, encoded: Encoded) -> Tensor:
         scale = encoded.planes[0]["scale"].float()

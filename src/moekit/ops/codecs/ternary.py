@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.core.errors import UserError
 from moekit.core.registry import register_preset
-from moekit.ops.codecs.codec import Codec, Encoded, Part, check_group_size, check_width
+from moekit.ops.codecs.codec import Encoded, Part, check_group_size, check_width, finite_half
+from moekit.ops.codecs.grid import Grid, GridCodec, spread
 from moekit.ops.codecs.groups import GROUP_OPTION
 
 TRITS = 5
 _POWERS = torch.tensor([3**i for i in range(TRITS)], dtype=torch.int32)
 
 
-class TernaryCodec(Codec):
+class TernaryCodec(GridCodec):
     """Weights as -1, 0 or 1 times one level a group, or with levels of their own for each sign."""
 
     idempotent = True
@@ -36,59 +36,58 @@ class TernaryCodec(Codec):
         names = ("low", "high") if self.two_levels else ("scale",)
         return ((payload, *(Part(name, groups, torch.float16) for name in names)),)
 
-    def encode_rows(self, rows: Tensor) -> tuple[dict[str, Tensor], ...]:
-        grouped = rows.unflatten(1, (-1, self.group_size))
+    def fit(self, grouped: Tensor, shrink: float = 1.0) -> Grid:
+        # The level is the best there is, which leaves nothing to shrink.
         if self.two_levels:
-            high, up = _best_level(grouped.clamp(min=0))
-            low, down = _best_level(grouped.clamp(max=0).neg())
-            digits = 1 + up.int() - down.int()
-            return ({"payload": _pack_trits(digits), "low": -low, "high": high},)
-        scale, kept = _best_level(grouped.abs())
-        digits = 1 + torch.sign(grouped).int() * kept
-        return ({"payload": _pack_trits(digits), "scale": scale},)
+            low = _best_level(grouped.clamp(max=0).neg())
+            return {"low": -low, "high": _best_level(grouped.clamp(min=0))}
+        return {"scale": _best_level(grouped.abs())}
+
+    def nearest(self, values: Tensor, grid: Grid) -> Tensor:
+        low, high = _levels(grid)
+        # A level that is rounded to zero is none.
+        up, down = (values > high / 2) & (high > 0), (values < low / 2) & (low < 0)
+        return 1 + up.int() - down.int()
+
+    def level(self, codes: Tensor, grid: Grid) -> Tensor:
+        low, high = _levels(grid)
+        return torch.where(codes == 2, high, torch.where(codes == 0, low, 0.0))
+
+    def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+        return {"payload": _pack_trits(codes), **grid}
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         plane = encoded.planes[0]
-        digits = _unpack_trits(plane["payload"], self.group_size)
-        low, high = self._levels(encoded)
-        values = torch.where(digits == 2, high, torch.where(digits == 0, low, 0.0))
-        return values.flatten(1).to(dtype)
+        grid = {name: values for name, values in plane.items() if name != "payload"}
+        codes = _unpack_trits(plane["payload"], self.group_size)
+        return self.level(codes, spread(grid)).flatten(1).to(dtype)
 
     def error_bound(self, weight: Tensor, encoded: Encoded) -> Tensor:
         # Nearest of the three levels, up to the rounding of the level: half a level for weights in
         # between, the distance to the level for those beyond.
-        low, high = (level.abs() for level in self._levels(encoded))
+        grid = {name: v for name, v in encoded.planes[0].items() if name != "payload"}
+        low, high = (level.abs() for level in _levels(spread(grid)))
         grouped = weight.float().unflatten(1, (-1, self.group_size))
         level = torch.where(grouped < 0, low, high)
         absolute = grouped.abs()
         slack = absolute.amax(-1, keepdim=True) * 2**-11 + 2**-25
         return (torch.maximum(level / 2, absolute - level) + slack).flatten(1)
 
-    def _levels(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        plane = encoded.planes[0]
-        if self.two_levels:
-            return plane["low"].float()[..., None], plane["high"].float()[..., None]
-        scale = plane["scale"].float()[..., None]
-        return -scale, scale
+
+def _levels(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The low and the high level."""
+    if "low" in grid:
+        return grid["low"].float(), grid["high"].float()
+    scale = grid["scale"].float()
+    return -scale, scale
 
 
-def _best_level(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """The level [..., N] (float16) and which of the magnitudes [..., N, G] >= 0 take it."""
-    ordered, order = magnitudes.sort(dim=-1, descending=True, stable=True)
-    sums = ordered.double().cumsum(-1)
+def _best_level(magnitudes: Tensor) -> Tensor:
+    """The level [...] (float16) that the largest of the magnitudes [..., G] >= 0 should share."""
+    sums = magnitudes.sort(dim=-1, descending=True).values.double().cumsum(-1)
     counts = torch.arange(1, magnitudes.shape[-1] + 1, dtype=torch.float64)
     best = (sums.square() / counts).argmax(-1, keepdim=True)
-    level = (sums.gather(-1, best) / (best + 1)).squeeze(-1).half()
-    if not bool(torch.isfinite(level).all()):
-        raise UserError(
-            f"A level of {float(magnitudes.max()):.3g} is beyond float16 (65504): the weights are "
-            "too large for this codec; take fp32 or bf16."
-        )
-    ranks = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1]).expand_as(order)
-    )
-    # A level that is rounded to zero is none.
-    return level, (ranks <= best) & (magnitudes > 0) & (level > 0)[..., None]
+    return finite_half((sums.gather(-1, best) / (best + 1)).squeeze(-1))
 
 
 def _pack_trits(digits: Tensor) -> Tensor:

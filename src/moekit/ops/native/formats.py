@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moekit.ops.codecs.binary import BinaryCodec
 from moekit.ops.codecs.bit_fields import fields, packed_bytes
 from moekit.ops.codecs.codec import Codec, Encoded
 from moekit.ops.codecs.groups import GroupCodec
@@ -48,6 +49,9 @@ def matrix_format(codec: Codec, shape: tuple[int, int], offsets: Offsets) -> For
         size = packed_bytes(codec.group_size, 1)
         for plane in offsets[1:]:
             made.append(_field(plane["sign"], plane["scale"], -1, size, 0, 1, (-1, 1)))
+    elif isinstance(codec, BinaryCodec):
+        size, at = packed_bytes(codec.group_size, 1), offsets[0]
+        made = [_field(at["payload"], at["scale"], -1, size, 0, 1, (-1, 1))]
     elif isinstance(codec, GroupCodec):
         made = _group_fields(codec, offsets[0])
     else:
