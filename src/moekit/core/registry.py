@@ -34,6 +34,8 @@ KINDS = (
     "balance",
     "backend",
     "saliency",
+    "search",
+    "skipping",
     "grouping",
     "fuser",
     "codec",
