@@ -1,0 +1,1 @@
+"""Merging experts: which belong together (groupings) and how a group becomes one (fusers)."""
