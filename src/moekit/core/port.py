@@ -232,21 +232,18 @@ def _skip_unused(
     hidden: Tensor,
     routing: Routing,
 ) -> Any:
-    """Run the model's own experts without its meeting an id of -1, which it cannot digest.
+    """Run the model's own experts without their meeting an id of -1, which they cannot digest.
 
-    An unused choice repeats another expert of the same token with weight 0; a token without any
-    choice does not take part. So no expert runs that was not chosen.
+    Every used choice becomes a row with one choice, so that nothing is computed for an unused one.
     """
     used = routing.ids >= 0
     if bool(used.all()):
         return native(hidden, routing.ids, routing.weights)
-    first = routing.ids.max(dim=-1, keepdim=True).values
-    ids = routing.ids.where(used, first)
-    weights = routing.weights.where(used, 0)
-    rows = used.any(dim=-1)
-    if bool(rows.all()):
-        return native(hidden, ids, weights)
-    out = torch.zeros_like(hidden)
-    if bool(rows.any()):
-        out = out.index_put((rows,), native(hidden[rows], ids[rows], weights[rows]).to(out.dtype))
-    return pack(out)
+    tokens, choices = used.nonzero(as_tuple=True)
+    # A sum of low-precision rows is rounded once.
+    out = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if len(tokens):
+        ids, weights = routing.ids[tokens, choices], routing.weights[tokens, choices]
+        rows = native(hidden[tokens], ids.unsqueeze(1), weights.unsqueeze(1))
+        out = out.index_add(0, tokens, rows.to(out.dtype))
+    return pack(out.to(hidden.dtype))
