@@ -57,7 +57,8 @@ def profile(
         typer.Option(
             "--set",
             help="default (cheap), diagonal or full (moments of the experts' inputs), outputs "
-            "(similarity of the experts' outputs); repeat for several. [default: default]",
+            "(similarity of the experts' outputs), inputs (a sample of them), fisher (information "
+            "of the weights, by backward passes); repeat for several. [default: default]",
             show_default=False,
         ),
     ] = None,
@@ -69,7 +70,7 @@ def profile(
     ] = False,
     layers: Annotated[
         str | None,
-        typer.Option(help="Decoder layers of diagonal, full and outputs, as 2,5; all by default."),
+        typer.Option(help="Decoder layers of all sets but default, as 2,5; all by default."),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read weights from disk as each layer runs.")
@@ -167,6 +168,7 @@ def profile(
                 wanted,
                 _positions(view, layers),
                 all_tokens,
+                seed,
             )
             if dry_run:
                 if rank == 0:
@@ -194,6 +196,7 @@ class _Work:
     sets: list[str]
     layers: list[int] | None
     all_tokens: bool
+    seed: int
 
     def run(
         self, scratch: Path | None = None, stop: int | None = None, update: Any = None
@@ -207,6 +210,7 @@ class _Work:
             sets=self.sets,
             layers=self.layers,
             all_tokens=self.all_tokens,
+            seed=self.seed,
             scratch=scratch,
             progress=update,
         )

@@ -1,7 +1,7 @@
 """`ExpertStats`: additive sums by layer and expert, which the methods share.
 
-The statistics and their shapes are in `stats_table`. Everything is a sum or a maximum over tokens,
-so the statistics of batches, processes and files combine by `merge`.
+The statistics and their shapes are in `stats_table`. Everything is a sum, a maximum or a sample
+over tokens, so the statistics of batches, processes and files combine by `merge`.
 """
 
 from __future__ import annotations
@@ -248,6 +248,13 @@ def merge_all(parts: Iterable[ExpertStats]) -> ExpertStats:
     return merged
 
 
+def _joined(name: str, first: Tensor, second: Tensor) -> Tensor:
+    how = STATISTICS[name].combine
+    if how == "concat":
+        return torch.cat([first, second])
+    return first + second if how == "sum" else torch.maximum(first, second)
+
+
 def _combined(
     name: str,
     values: tuple[Tensor | Lazy, Tensor | Lazy],
@@ -259,18 +266,23 @@ def _combined(
     split = statistic.axes.startswith("G")
     if split:
         shapes = [(len(into), *shape[1:]) for shape in shapes]
-    if shapes[0] != shapes[1]:
+    sizes = [shape[1:] for shape in shapes] if statistic.combine == "concat" else shapes
+    if sizes[0] != sizes[1]:
         raise UserError(
             f"{name!r} has shape {shapes[0]} in one of the stats, {shapes[1]} in the other."
         )
+
+    shape = shapes[0]
+    if statistic.combine == "concat":
+        shape = (shapes[0][0] + shapes[1][0], *shape[1:])
 
     def load() -> Tensor:
         parts = [v.load() if isinstance(v, Lazy) else v for v in values]
         if split:
             parts = [_spread(p, d, into) for p, d in zip(parts, domains, strict=True)]
-        return parts[0] + parts[1] if statistic.combine == "sum" else torch.maximum(*parts)
+        return _joined(name, *parts)
 
-    return Lazy(shapes[0], load) if any(isinstance(v, Lazy) for v in values) else load()
+    return Lazy(shape, load) if any(isinstance(v, Lazy) for v in values) else load()
 
 
 def _spread(value: Tensor, domains: list[str], into: list[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 Shape letters: G domains, C choices (the experts, and choices that run no expert), P choices of the
 MoE layer before, E experts, M moments, B bins, D width of the experts' input, F expert width,
-H width of the residual stream.
+H width of the residual stream, S sampled tokens, K choices of a token, N numbers of a neuron.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Statistic:
     axes: str
     dtype: torch.dtype
     meaning: str
-    combine: Literal["sum", "max"] = "sum"
+    combine: Literal["sum", "max", "concat"] = "sum"
     heavy: bool = False
 
 
@@ -83,4 +83,9 @@ STATISTICS = {
     "output_gram": Statistic(
         "EE", _FLOAT, "products of two experts' outputs, all tokens", "sum", True
     ),
+    "sample_hidden": Statistic("SD", _MAX, "inputs of a sample of tokens", "concat", True),
+    "sample_ids": Statistic("SK", _INT, "experts those tokens chose", "concat", True),
+    "sample_weights": Statistic("SK", _MAX, "gate weights those tokens gave", "concat", True),
+    "fisher_sequences": Statistic("", _INT, "sequences in the information below", heavy=True),
+    "neuron_fisher": Statistic("EFN", _MAX, "squared gradients of the log-likelihood", heavy=True),
 }

@@ -76,7 +76,9 @@ class Sums:
             return
         if statistic.axes.startswith("G") and len(held) < len(value):
             self.held[key] = held = torch.cat([held, held.new_zeros(value[len(held) :].shape)])
-        if statistic.combine == "sum":
+        if statistic.combine == "concat":
+            self.held[key] = torch.cat([held, value])
+        elif statistic.combine == "sum":
             held += value
         else:
             torch.maximum(held, value, out=held)

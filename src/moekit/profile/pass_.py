@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moekit.core.collect import Batch, Sink, collect
 from moekit.core.errors import UserError
+from moekit.core.layer import MoELayer
 from moekit.core.memory import format_bytes
 from moekit.core.port import SeamCall
 from moekit.core.seam import replace_backend
@@ -25,14 +26,17 @@ from moekit.core.stats_table import STATISTICS
 from moekit.core.view import MoEView
 from moekit.profile.collector import Collector, ProfiledCall, Sums
 from moekit.profile.experts_run import run_routed
+from moekit.profile.fisher import add_fisher, fisher_bytes
 from moekit.profile.input_moments import InputMoments
+from moekit.profile.input_sample import InputSample
 from moekit.profile.output_similarity import OutputSimilarity
 from moekit.profile.residual import ResidualTap, decoder_layer
 from moekit.profile.routing_sums import RoutingSums
 
 DEFAULT = "default"
-SETS = (DEFAULT, "diagonal", "full", "outputs")
+SETS = (DEFAULT, "diagonal", "full", "outputs", "inputs", "fisher")
 HEAVY_BYTES = 2 << 30
+SAMPLE = 4096
 
 
 class ProfileSink:
@@ -170,6 +174,8 @@ def profile(
     layers: Iterable[int] | None = None,
     all_tokens: bool = False,
     kept_share: float = 0.0,
+    sample: int = SAMPLE,
+    seed: int = 0,
     sinks: Sequence[Sink] = (),
     scratch: Path | None = None,
     heavy_bytes: int = HEAVY_BYTES,
@@ -178,10 +184,12 @@ def profile(
     """Run the model over `batches` by its own routing rule and return the statistics.
 
     `sets` are "default" (cheap, one pass with `sinks` beside it), "diagonal" or "full" moments of
-    the experts' inputs and "outputs" for the similarity of all experts' outputs. The last three
-    take as many passes as their layers need to stay within `heavy_bytes`; `layers` restricts them
-    to some positions in the view and `scratch` is a directory to keep them in. With `all_tokens`
-    input moments are those of every token in every expert. `progress` gets (forwards done, all).
+    the experts' inputs, "outputs" for the similarity of all experts' outputs, "inputs" for at most
+    `sample` of a layer's inputs themselves, and "fisher" for the Fisher information of the weights,
+    by backward passes with labels drawn by `seed`. All but the first take as many passes as their
+    layers need to stay within `heavy_bytes`; `layers` restricts them to some positions in the view
+    and `scratch` is a directory to keep them in. With `all_tokens` input moments are those of every
+    token in every expert. `progress` gets (forwards done, all).
 
     Raises UserError for no data, an unknown set, and what a family does not show.
     """
@@ -199,8 +207,15 @@ def profile(
         heavy.append(InputMoments("full" in wanted, all_tokens))
     if "outputs" in wanted:
         heavy.append(OutputSimilarity())
-    groups = _groups(view, heavy, layers, heavy_bytes) if heavy else []
-    passes = len(groups) + (DEFAULT in wanted)
+    if "inputs" in wanted:
+        heavy.append(InputSample(sample, _num_tokens(batches)))
+
+    def heavy_size(layer: Any) -> int:
+        return sum(collector.bytes(layer) for collector in heavy)
+
+    groups = _groups(view, heavy_size, layers, heavy_bytes) if heavy else []
+    informed = _groups(view, fisher_bytes, layers, heavy_bytes) if "fisher" in wanted else []
+    passes = len(groups) + len(informed) + (DEFAULT in wanted)
     done = 0
 
     def counted() -> Iterator[Batch | Tensor]:
@@ -224,17 +239,43 @@ def profile(
         with sink.attached(view, stop_after=group[-1]):
             collect(view, counted(), [sink])
         part = _stats(view, sink, {k: v for h in heavy for k, v in h.settings.items()})
-        if scratch is not None:
-            _set_aside(part, scratch)
-        stats = part if stats is None else stats.join(part)
+        stats = _with(stats, part, scratch)
+    for group in informed:
+        sink = ProfileSink([], group)
+        sink.domains = sorted({label for batch in batches for label in _labels(batch)})
+        add_fisher(view, counted(), group, sink.sums, seed)
+        stats = _with(stats, _stats(view, sink, {}), scratch)
     assert stats is not None
     if not stats.held:
         raise UserError("no MoE layer was reached by the data, so there is nothing to count.")
     return stats
 
 
+def _num_tokens(batches: Iterable[Batch | Tensor]) -> int:
+    total = 0
+    for batch in batches:
+        mask = None if isinstance(batch, Tensor) else batch.mask
+        ids = batch if isinstance(batch, Tensor) else batch.ids
+        total += ids.numel() if mask is None else int(mask.sum())
+    return total
+
+
+def _labels(batch: Batch | Tensor) -> Sequence[str]:
+    domains = None if isinstance(batch, Tensor) else batch.domains
+    return [""] if domains is None else domains
+
+
+def _with(stats: ExpertStats | None, part: ExpertStats, scratch: Path | None) -> ExpertStats:
+    if scratch is not None:
+        _set_aside(part, scratch)
+    return part if stats is None else stats.join(part)
+
+
 def _groups(
-    view: MoEView, heavy: list[Any], layers: Iterable[int] | None, limit: int
+    view: MoEView,
+    size_of: Callable[[MoELayer], int],
+    layers: Iterable[int] | None,
+    limit: int,
 ) -> list[list[int]]:
     """Runs of layers whose heavy statistics fit into `limit` bytes together."""
     positions = sorted(set(range(len(view)) if layers is None else layers))
@@ -244,7 +285,7 @@ def _groups(
     groups: list[list[int]] = []
     used = 0
     for position in positions:
-        size = sum(collector.bytes(view[position]) for collector in heavy)
+        size = size_of(view[position])
         if size > limit:
             raise UserError(
                 f"{view[position].name}: the statistics asked for need {format_bytes(size)}, "
@@ -271,7 +312,8 @@ def _stats(view: MoEView, sink: ProfileSink, settings: dict[str, Any]) -> Expert
 
 def _set_aside(stats: ExpertStats, scratch: Path) -> None:
     """Move statistics from memory into one file of `scratch`, to be read when asked for."""
-    path = scratch / f"heavy-{min(p for p, _ in stats.held):05d}.safetensors"
+    first, name = min(stats.held)
+    path = scratch / f"heavy-{first:05d}-{name}.safetensors"
     tensors = {f"{p}.{name}": value for (p, name), value in stats.held.items()}
     save_file({k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}, path)
     for (p, name), value in stats.held.items():

@@ -9,12 +9,12 @@ from moekit.compress.condense.average import Member, average
 from moekit.compress.condense.fisher import fisher_average
 from moekit.compress.condense.least_squares import Target, refit_down, regression_mean
 from moekit.compress.condense.low_rank_sparse import low_rank_sparse, split, stored_share
-from moekit.compress.condense.neurons import cut, from_rows, neuron_rows, permuted
 from moekit.compress.condense.recombine import recombine
 from moekit.compress.condense.segments import owners
 from moekit.compress.condense.subspace import subspace_average
 from moekit.compress.condense.zip_neurons import zip_neurons
 from moekit.core.expert_weights import ExpertWeights
+from moekit.core.neurons import cut, from_rows, neuron_rows, permuted
 from moekit.ops.align import match_weights
 from tests.compress.condense.planted import INNER, inputs, middle, noisy, random_expert, run
 

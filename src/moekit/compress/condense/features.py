@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moekit.compress.condense.context import LayerContext
-from moekit.compress.condense.neurons import neuron_rows
 from moekit.core.errors import UserError
+from moekit.core.neurons import neuron_rows
 from moekit.ops.align import match_weights
 
 Array = NDArray[np.float64]

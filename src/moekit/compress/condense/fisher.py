@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moekit.compress.condense.average import Member, average
-from moekit.compress.condense.neurons import from_rows, neuron_rows
 from moekit.core.expert_weights import ExpertWeights
+from moekit.core.neurons import from_rows, neuron_rows
 
 # Of the members' mean information: what an entry that no token moved still counts.
 FLOOR = 1e-6

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moekit.compress.condense.neurons import from_rows, neuron_rows
 from moekit.core.expert_weights import ExpertWeights
+from moekit.core.neurons import from_rows, neuron_rows
 
 ROUNDS = 25
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moekit.compress.condense.context import Groups, LayerContext
-from moekit.compress.condense.neurons import neuron_rows
 from moekit.core.expert_weights import ExpertWeights
+from moekit.core.neurons import neuron_rows
 from moekit.core.registry import register
 
 TAU = 0.6

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moekit.compress.condense.agglomerate import agglomerate
 from moekit.compress.condense.average import Member, average
-from moekit.compress.condense.neurons import PARTS, from_rows, neuron_rows
 from moekit.core.expert_weights import ExpertWeights
+from moekit.core.neurons import PARTS, from_rows, neuron_rows
 from moekit.ops.align import correlation
 
 

@@ -1,4 +1,4 @@
-"""An expert as its neurons: what alignment, recombination and averaging work on.
+"""An expert as its neurons: what alignment, recombination and Fisher information work on.
 
 Shapes: F neurons, D width, P numbers of a neuron. A neuron is its gate row, its up row and its down
 column, with its entries of the gate and up biases where the family has them.
