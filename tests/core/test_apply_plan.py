@@ -175,20 +175,6 @@ def test_different_counts_are_refused_with_the_numbers(mixtral):
     refused(mixtral, plan_of({1: [1, 2]}), "6 of 8 experts in layer 1 and 8 of 8 in layer 0")
 
 
-@pytest.mark.parametrize(
-    ("action", "name"),
-    [
-        (Action(bits=4), "bits"),
-        (Action(rank=2), "rank"),
-        (Action(width=8), "width"),
-        (Action(group=0, weight=1.0), "group"),
-    ],
-)
-def test_other_actions_are_refused_by_name(mixtral, action, name):
-    plan = ExpertPlan({0: {0: action, 1: Action(drop=True)}})
-    refused(mixtral, plan, f"The plan asks for {name}; convert applies drop and protect only")
-
-
 def test_plans_that_do_not_fit_are_refused(mixtral):
     refused(mixtral, plan_of({0: [8]}), "the layer has experts 0 to 7")
     refused(mixtral, plan_of({0: list(range(7))}), "leaves 1 of 8 experts in layer 0")

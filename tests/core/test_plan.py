@@ -259,6 +259,7 @@ def apply(made, layer, experts):
         if action.group is None:
             given = (action.bits, action.rank, action.width)
             new = [old if value is None else value for old, value in zip(kept, given, strict=True)]
+            new[2] = min((w for w in (kept[2], action.width) if w is not None), default=None)
             result[index] = (vector, *new)
         else:
             scaled = [action.weight * x for x in vector]
@@ -381,13 +382,25 @@ def test_table():
         "drop",
         "folded",
         "left",
+        "router",
         "bits",
         "rank",
         "width",
         "protect",
     ]
-    assert lines[3].split() == ["1", "8", "2", "2", "to", "1", "5", "4", "to", "8", "-", "-", "0"]
-    assert lines[4].split() == ["2", "8", "0", "0", "8", "-", "-", "-", "0"]
+    assert lines[3].split() == [
+        "1",
+        "8",
+        "2",
+        *["2", "to", "1"],
+        "5",
+        "slice",
+        *["4", "to", "8"],
+        "-",
+        "-",
+        "0",
+    ]
+    assert lines[4].split() == ["2", "8", "0", "0", "8", "slice", "-", "-", "-", "0"]
     assert len({len(line) for line in lines[2:]}) == 1
     assert plan({"1": {"drop": [1]}}).table().splitlines()[1].split()[:5] == [
         "1",

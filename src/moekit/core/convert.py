@@ -22,6 +22,7 @@ from transformers.core_model_loading import build_glob_alternation, dot_natural_
 from moekit.core.apply_plan import apply_plan
 from moekit.core.architecture import meta_model, read_config
 from moekit.core.checkpoint import Checkpoint, TensorInfo, read_json
+from moekit.core.codec_choice import DEFAULT_CODEC, codec_at
 from moekit.core.deferred import Deferred
 from moekit.core.dequant import dequantize, quantization_of
 from moekit.core.errors import UserError
@@ -34,9 +35,11 @@ from moekit.core.layout import (
     to_published,
 )
 from moekit.core.model_files import edited_config, side_files
+from moekit.core.packed import CodecChoice
 from moekit.core.plan import ExpertPlan
 from moekit.core.record import RECORD_FILE, FileHash, start_record
 from moekit.core.registry import register_preset
+from moekit.core.rewrite import Rewrite
 from moekit.core.shards import Shard
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 
@@ -86,6 +89,8 @@ def convert(
     to: str = FUSED,
     plan: ExpertPlan | str | os.PathLike[str] | None = None,
     *,
+    rewrite: Rewrite | None = None,
+    codec: CodecChoice = DEFAULT_CODEC,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -98,7 +103,9 @@ def convert(
     """Write the checkpoint in directory `model` to directory `out` in constant memory.
 
     `to` is "fused" (one bank per layer, the names of the model's parameters) or "per-expert" (what
-    `save_pretrained` writes by default, which for some families keeps banks). `plan` drops experts.
+    `save_pretrained` writes by default, which for some families keeps banks). `plan` changes the
+    experts and `rewrite` computes their values; where a plan has bits, `codec` is the kind of codec
+    that rounds, and what is written are its decoded values.
     `dtype` casts as `from_pretrained(dtype=...)` would; without it every tensor keeps its own.
     `copy_code` also copies Python files. `progress` gets (bytes written, all bytes), `note` lines
     for the user. An interrupted conversion continues when called again with the same arguments.
@@ -110,9 +117,16 @@ def convert(
         raise UserError(f"--to {to!r} is no layout; there are {' and '.join(LAYOUTS)}.")
     source, target = Path(model), Path(out)
     plan = check_request(source, target, plan, dtype, overwrite)
-    options = {"to": to, "dtype": dtype, "plan": plan_hash(plan), "copy_code": copy_code}
+    check_fit(plan, rewrite)
+    options = {
+        "to": to,
+        "dtype": dtype,
+        "plan": plan_hash(plan),
+        **rewrite_options(plan, rewrite, codec),
+        "copy_code": copy_code,
+    }
     with Checkpoint(source) as checkpoint:
-        work = prepare(checkpoint, to, plan, dtype, target)
+        work = prepare(checkpoint, to, plan, dtype, target, rewrite=rewrite, codec=codec)
         return write_model(
             work,
             checkpoint,
@@ -139,6 +153,26 @@ def check_request(
     _check_places(source, target)
     check_output(target, overwrite)
     return plan if plan is None or isinstance(plan, ExpertPlan) else ExpertPlan.load(plan)
+
+
+def check_fit(plan: ExpertPlan | None, rewrite: Rewrite | None) -> None:
+    """Refuse a plan whose values some method must compute when there is none to do it."""
+    if plan is not None and plan.fit is not None and rewrite is None:
+        raise UserError(
+            f"The plan's values are computed by {plan.fit.method}: give the rewrite that "
+            "moekit.compress.rewrite_of(plan) makes."
+        )
+
+
+def rewrite_options(
+    plan: ExpertPlan | None, rewrite: Rewrite | None, codec: CodecChoice
+) -> dict[str, Any]:
+    """What tells one way of computing experts from another when a conversion resumes."""
+    rounds = plan is not None and "bits" in plan.uses()
+    return {
+        **({"rewrite": dict(rewrite.identity)} if rewrite is not None else {}),
+        **({"codec": codec.name, "group_size": codec.group_size} if rounds else {}),
+    }
 
 
 def plan_hash(plan: ExpertPlan | None) -> str | None:
@@ -259,6 +293,9 @@ def prepare(
     plan: ExpertPlan | None,
     dtype: str | None,
     target: Path,
+    *,
+    rewrite: Rewrite | None = None,
+    codec: CodecChoice = DEFAULT_CODEC,
 ) -> Work:
     """What `convert` with these arguments would write, lazily; raises as it does."""
     raw = read_json(checkpoint.directory / "config.json")
@@ -275,10 +312,19 @@ def prepare(
         model = meta_model(config)
         mapped = to_model(stored, model)
         tensors, experts = mapped.tensors, {}
-        if plan is not None:
-            applied = apply_plan(plan, config, model, tensors)
+        if plan is not None or rewrite is not None:
+            applied = apply_plan(
+                plan or ExpertPlan(),
+                config,
+                model,
+                tensors,
+                rewrite=rewrite,
+                codec_at=lambda bits: codec_at(bits, codec).make(),
+                scratch=target.absolute().parent,
+            )
             config, model, tensors = applied.config, applied.model, applied.tensors
             experts = applied.experts
+            notes += applied.notes
     unused = {name: stored[name] for name in mapped.unused}
     if dtype is not None:
         tensors, unused = _cast(tensors, unused, model, DTYPES[dtype])

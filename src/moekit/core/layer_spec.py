@@ -226,3 +226,11 @@ def _shared_widths(site: MoESite) -> Iterator[int]:
         down = shared._parameters.get("down_proj")
         if down is not None:
             yield math.prod(down.shape) // down.shape[-2]
+
+
+def bank_block(site: MoESite) -> int:
+    """Rows of one expert on the first axis of the tensors that hold the experts."""
+    bank = _bank(site)
+    if bank.dims[0] != "EF":
+        return 1
+    return int(site.experts.ffn_hidden_size)  # dbrx, the only one

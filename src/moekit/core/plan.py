@@ -12,15 +12,25 @@ What a plan does not mention stays as it is, so plans may be partial and written
 Keys of `layers` are decoder layers, expert ids count from 0 in the model that the plan is for.
 `keep` drops all others (and needs `model`). `model` may be left out; it is then not checked.
 
+**Groups and their router.** A folded expert is the sum of its members times their weights, neuron
+by neuron; `tensors.neurons` reorders the neurons of a member before that, and shortens them.
+`width` keeps the first so many of the reordered neurons. The router of a layer is edited by
+"slice" (rows of dropped experts go, a group keeps that of its lowest member), "mean" (a group gets
+the weighted mean of its members' rows), "alias" (a group keeps all rows, and each of them leads to
+the one folded expert, so that their gates add up) or "linear" (`tensors.router_maps`).
+
+**Fitted values.** `fit` names a method that computes the values of the resulting experts from
+their originals (GPTQ, say) instead of the plain sum, rounding or truncation; see `core.rewrite`.
+
 **Order within a plan.** Dropping and folding happen together; the experts of the result are
 numbered in the order of their lowest original id. Bits, rank and width belong to the result: of
 a group they may be given for any one member.
 
 **Composition.** `a.then(b)` is one plan for the model of `a` that equals applying `a` and then `b`,
 whose ids count in the result of `a`. An expert folded in both is folded with the product of its
-weights; a later bits, rank or width replaces an earlier one, and folding forgets the earlier ones,
-because its result is a new expert; protection lasts. Composition is associative (weights up to
-rounding), and the empty plan is its identity.
+weights; later bits or rank replace earlier ones, and folding forgets them, because its result is a
+new expert; of two widths the smaller holds; protection lasts. Composition is associative (weights
+up to rounding), and the empty plan is its identity.
 """
 
 from __future__ import annotations
@@ -34,12 +44,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moekit.core.errors import UserError
+from moekit.core.plan_tensors import PlanTensors
 
 FORMAT = "moekit.plan"
 VERSION = 1
+PLAN_FILE = "plan.json"
+TENSORS_SUFFIX = ".safetensors"
 ACTIONS = ("drop", "group", "bits", "rank", "width", "protect")
 # Properties of a resulting expert rather than of an original one.
 OF_RESULT = ("bits", "rank", "width")
+ROUTERS = ("slice", "alias", "mean", "linear")
 
 
 class LayerLike(Protocol):
@@ -122,17 +136,30 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """The method that computes the values, the stats it reads (a directory) and its options."""
+
+    method: str
+    stats: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ExpertPlan:
     """Actions per decoder layer and expert; experts that are not listed stay as they are.
 
-    Construction puts a plan in canonical form (groups named by their lowest member, which holds
-    their bits, rank and width; empty entries left out), so equal plans compare equal. Raises
-    `UserError` for contradictions.
+    `routers` maps decoder layers to one of `ROUTERS`, "slice" where absent. Construction puts a
+    plan in canonical form (groups named by their lowest member, which holds their bits, rank and
+    width; empty entries left out), so equal plans compare equal. Raises `UserError` for
+    contradictions.
     """
 
     layers: Mapping[int, Mapping[int, Action]] = field(default_factory=dict)
     model: Fingerprint | None = None
     note: str = ""
+    routers: Mapping[int, str] = field(default_factory=dict)
+    tensors: PlanTensors = field(default_factory=PlanTensors)
+    fit: Fit | None = None
 
     def __post_init__(self) -> None:
         layers = {}
@@ -141,9 +168,31 @@ class ExpertPlan:
             if actions:
                 layers[index] = actions
         object.__setattr__(self, "layers", layers)
+        for index, kind in self.routers.items():
+            if kind not in ROUTERS:
+                raise UserError(
+                    f"Layer {index}: router {kind!r} is no edit; there are {', '.join(ROUTERS)}."
+                )
+            if (kind == "linear") != (index in self.tensors.router_maps):
+                raise UserError(
+                    f"Layer {index}: the router edit linear and a router map go together."
+                )
+        routers = {i: kind for i, kind in sorted(self.routers.items()) if kind != "slice"}
+        object.__setattr__(self, "routers", routers)
 
     def action(self, layer: int, expert: int) -> Action:
         return self.layers.get(layer, {}).get(expert, NOTHING)
+
+    def router(self, layer: int) -> str:
+        """How the router of a layer is edited, one of `ROUTERS`."""
+        return self.routers.get(layer, "slice")
+
+    def num_experts(self, layer: int) -> int | None:
+        """Experts of a layer before the plan, where it says so."""
+        matrix = self.tensors.router_maps.get(layer)
+        if matrix is not None:
+            return matrix.shape[1]
+        return self.model.experts_in(layer) if self.model is not None else None
 
     def dropped(self, layer: int) -> list[int]:
         """Ids of the experts that a layer loses."""
@@ -184,29 +233,14 @@ class ExpertPlan:
     def then(self, later: ExpertPlan) -> ExpertPlan:
         """One plan that equals this one followed by `later`; see the module for the rules.
 
-        Raises `UserError` where `later` is for another model than this plan leaves, or drops what
-        this plan protects.
+        Raises `UserError` where `later` is for another model than this plan leaves, drops what this
+        plan protects, or where no single plan can say the same.
         """
-        left = self.result()
-        if left is not None and later.model is not None and left != later.model:
-            raise UserError(
-                f"The second plan is for {later.model.describe()}; the first leaves "
-                f"{left.describe()}."
-            )
-        model = self.model
-        if model is None and later.model is not None and not self._reduces():
-            model = later.model
-        layers = {
-            index: _compose_layer(index, self, later)
-            for index in sorted(set(self.layers) | set(later.layers))
-        }
-        note = "; ".join(part for part in (self.note, later.note) if part)
-        return ExpertPlan(layers, model, note)
+        from moekit.core.plan_compose import compose
+
+        return compose(self, later)
 
     compose = then
-
-    def _reduces(self) -> bool:
-        return bool({"drop", "group"} & set(self.uses()))
 
     def validate(self, spec: SpecLike) -> None:
         """Raise `UserError`, with the numbers, unless the plan can be applied to `spec`."""
@@ -240,15 +274,23 @@ class ExpertPlan:
         return plan_from_json(text, source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON to `path`, and the tensors, where there are any, beside it."""
+        target = Path(path)
+        target.write_text(self.to_json(), encoding="utf-8")
+        if self.tensors:
+            target.with_suffix(TENSORS_SUFFIX).write_bytes(self.tensors.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertPlan:
+        """Read a plan from its JSON file or from the directory with a `plan.json`."""
+        from moekit.core.plan_text import plan_from_json
+
+        file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"The plan {path} cannot be read: {error}") from None
-        return cls.from_json(text, str(path))
+        return plan_from_json(text, str(file), file.with_suffix(TENSORS_SUFFIX))
 
 
 def _canonical(layer: int, actions: Mapping[int, Action]) -> dict[int, Action]:
@@ -290,45 +332,3 @@ def _agreed(layer: int, experts: list[int], actions: Mapping[int, Action], name:
             f"{sorted(values)}; give one value."
         )
     return values.pop() if values else None
-
-
-def _compose_layer(index: int, first: ExpertPlan, later: ExpertPlan) -> dict[int, Action]:
-    """Actions on the ids of `first`'s model, from `later`'s on the ids of its result."""
-    mine, theirs = first.layers.get(index, {}), later.layers.get(index, {})
-    # Ids beyond every one that is mentioned are not moved by anything in between.
-    reach = 1 + max(mine, default=-1) + 1 + max(theirs, default=-1)
-    survivors = first.survivors(index, reach)
-    slot = {expert: number for number, expert in enumerate(survivors)}
-    made: dict[int, Action] = {}
-    for expert in range(reach):
-        before = first.action(index, expert)
-        if before.drop:
-            made[expert] = before
-            continue
-        leader = expert if before.group is None else before.group
-        after = later.action(index, slot[leader])
-        if after.drop:
-            if before.protect:
-                raise UserError(
-                    f"Layer {index}: the second plan drops expert {slot[leader]}, which holds "
-                    f"expert {expert} that the first plan protects."
-                )
-            made[expert] = Action(drop=True)
-            continue
-        made[expert] = _compose_action(before, after, survivors)
-    return made
-
-
-def _compose_action(before: Action, after: Action, survivors: list[int]) -> Action:
-    protect = before.protect or after.protect
-    if after.group is not None:
-        weight = (1.0 if before.weight is None else before.weight) * (after.weight or 0.0)
-        group = survivors[after.group]
-        return dataclasses.replace(after, group=group, weight=weight, protect=protect)
-    return dataclasses.replace(
-        before,
-        bits=before.bits if after.bits is None else after.bits,
-        rank=before.rank if after.rank is None else after.rank,
-        width=before.width if after.width is None else after.width,
-        protect=protect,
-    )

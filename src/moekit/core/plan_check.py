@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from moekit.core.errors import UserError
+from moekit.core.new_experts import resulting_width
 from moekit.core.plan import ExpertPlan, Fingerprint, LayerLike, SpecLike
+from moekit.core.router_edit import router_slots
 
 MAX_BITS = 32
 # A group whose rank is the sum of its two best scores needs two experts.
@@ -28,7 +30,8 @@ def check_plan(plan: ExpertPlan, spec: SpecLike) -> None:
             f"{spec.model_type} has {counts[twice]} sets of experts with layer number {twice}; "
             "plans go by layer number and cannot tell them apart."
         )
-    for index in plan.layers:
+    neurons = plan.tensors.neurons
+    for index in sorted({*plan.layers, *plan.routers, *(layer for layer, _ in neurons)}):
         if index not in layers:
             known = sorted(layers)
             raise UserError(
@@ -36,6 +39,8 @@ def check_plan(plan: ExpertPlan, spec: SpecLike) -> None:
                 f"{_ranges(known)} ({len(known)} layers)."
             )
         _check_experts(plan, layers[index])
+        _check_neurons(plan, layers[index])
+        _check_map(plan, layers[index])
         _check_routing(plan, layers[index])
 
 
@@ -56,7 +61,7 @@ def _check_experts(plan: ExpertPlan, layer: LayerLike) -> None:
         "rank": (1, max_rank, f" (the smaller of width {layer.expert_width} and hidden size)"),
         "width": (1, layer.expert_width, ""),
     }
-    for expert, action in plan.layers[layer.layer_index].items():
+    for expert, action in plan.layers.get(layer.layer_index, {}).items():
         where = f"layer {layer.layer_index}, expert {expert}"
         if not 0 <= expert < layer.num_experts:
             raise UserError(
@@ -77,8 +82,50 @@ def _check_experts(plan: ExpertPlan, layer: LayerLike) -> None:
             )
 
 
+def _check_neurons(plan: ExpertPlan, layer: LayerLike) -> None:
+    index = layer.layer_index
+    for (at, expert), order in plan.tensors.neurons.items():
+        if at != index:
+            continue
+        where = f"layer {index}, expert {expert}"
+        if not 0 <= expert < layer.num_experts:
+            raise UserError(
+                f"The plan orders the neurons of {where}; the layer has experts 0 to "
+                f"{layer.num_experts - 1}."
+            )
+        ids = order.tolist()
+        if (
+            not ids
+            or len(set(ids)) < len(ids)
+            or not 0 <= min(ids) <= max(ids) < layer.expert_width
+        ):
+            raise UserError(
+                f"The plan gives {where} {len(ids)} neurons, which must be different numbers from "
+                f"0 to {layer.expert_width - 1}."
+            )
+    for expert in plan.survivors(index, layer.num_experts):
+        resulting_width(plan, index, expert, layer.expert_width)
+
+
+def _check_map(plan: ExpertPlan, layer: LayerLike) -> None:
+    matrix = plan.tensors.router_maps.get(layer.layer_index)
+    if matrix is None:
+        return
+    kept = len(plan.survivors(layer.layer_index, layer.num_experts))
+    if list(matrix.shape) != [kept, layer.num_experts]:
+        raise UserError(
+            f"The plan's router map of layer {layer.layer_index} is {list(matrix.shape)}; "
+            f"{kept} of {layer.num_experts} experts are left, so it must be "
+            f"[{kept}, {layer.num_experts}]."
+        )
+
+
 def _check_routing(plan: ExpertPlan, layer: LayerLike) -> None:
-    kept = plan.survivors(layer.layer_index, layer.num_experts)
+    # Of an alias table all rows stay, though they lead to fewer experts.
+    slots = router_slots(plan, layer.layer_index, layer.num_experts)
+    gone = set(plan.dropped(layer.layer_index))
+    aliased = plan.router(layer.layer_index) == "alias"
+    kept = [e for e in range(layer.num_experts) if e not in gone] if aliased else slots
     where = f"layer {layer.layer_index}"
     if len(kept) < layer.top_k:
         raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moekit.core.errors import UserError
@@ -15,11 +17,14 @@ from moekit.core.plan import (
     Action,
     ExpertPlan,
     Fingerprint,
+    Fit,
 )
+from moekit.core.plan_tensors import PlanTensors
 
 # Only to refuse a mistyped range before it fills the memory.
 MAX_EXPERT = 2**20
-LAYER_KEYS = ("keep", "drop", "protect", "groups", *OF_RESULT)
+PLAN_KEYS = ("format", "version", "note", "model", "fit", "tensors", "layers")
+LAYER_KEYS = ("keep", "drop", "protect", "groups", "router", *OF_RESULT)
 
 
 def plan_to_json(plan: ExpertPlan) -> str:
@@ -34,10 +39,18 @@ def plan_to_json(plan: ExpertPlan) -> str:
             "num_experts": _uniform(plan.model.num_experts),
             "top_k": _uniform(plan.model.top_k),
         }
+    if plan.fit is not None:
+        head["fit"] = dataclasses.asdict(plan.fit)
+    if plan.tensors:
+        head["tensors"] = plan.tensors.sha256()
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    layers = [f'  "{i}": {json.dumps(_layer_to_json(plan, i))}' for i in plan.layers]
+    layers = [f'  "{i}": {json.dumps(_layer_to_json(plan, i))}' for i in _indices(plan)]
     body = "{\n" + ",\n".join(layers) + "\n }" if layers else "{}"
     return "\n".join(["{", *lines, f' "layers": {body}', "}"]) + "\n"
+
+
+def _indices(plan: ExpertPlan) -> list[int]:
+    return sorted({*plan.layers, *plan.routers})
 
 
 def _uniform(values: tuple[int, ...]) -> int | list[int]:
@@ -45,8 +58,9 @@ def _uniform(values: tuple[int, ...]) -> int | list[int]:
 
 
 def _layer_to_json(plan: ExpertPlan, index: int) -> dict[str, Any]:
-    actions = plan.layers[index]
+    actions = plan.layers.get(index, {})
     layer: dict[str, Any] = {
+        "router": plan.routers.get(index),
         "drop": plan.dropped(index),
         "protect": [expert for expert, action in actions.items() if action.protect],
         "groups": [
@@ -82,8 +96,9 @@ def _refuse_constant(name: str) -> float:
 class _Reader:
     """Reads one plan; every complaint names the file and the place in it."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, tensors: Path | None) -> None:
         self.source = source
+        self.tensors = tensors
 
     def error(self, what: str) -> UserError:
         return UserError(f"{self.source}: {what}.")
@@ -99,7 +114,7 @@ class _Reader:
             raise self.error(
                 f"version {content.get('version')!r}; this moekit reads version {VERSION}"
             )
-        self.known(content, ("format", "version", "note", "model", "layers"), "the plan")
+        self.known(content, PLAN_KEYS, "the plan")
         model = self.fingerprint(content["model"]) if content.get("model") is not None else None
         layers = content.get("layers", {})
         if not isinstance(layers, dict):
@@ -111,7 +126,41 @@ class _Reader:
         note = content.get("note", "")
         if not isinstance(note, str):
             raise self.error('"note" must be text')
-        return ExpertPlan(made, model, note)
+        routers = {
+            int(key): self.text(value["router"], f"layer {key}, router")
+            for key, value in layers.items()
+            if "router" in value
+        }
+        tensors, fit = self.values_of(content.get("tensors")), self.fit(content.get("fit"))
+        return ExpertPlan(made, model, note, routers, tensors, fit)
+
+    def text(self, value: Any, where: str) -> str:
+        if not isinstance(value, str):
+            raise self.error(f"{where} must be text")
+        return value
+
+    def values_of(self, sha256: Any) -> PlanTensors:
+        if sha256 is None:
+            return PlanTensors()
+        if self.tensors is None or not self.tensors.is_file():
+            where = f"the file {self.tensors}" if self.tensors else "a file beside it"
+            raise self.error(f"its values lie in {where}, which is not there")
+        found = PlanTensors.from_bytes(self.tensors.read_bytes(), str(self.tensors))
+        if found.sha256() != sha256:
+            raise self.error(f"{self.tensors} belongs to another plan (its hash differs)")
+        return found
+
+    def fit(self, content: Any) -> Fit | None:
+        if content is None:
+            return None
+        if not isinstance(content, dict) or not isinstance(content.get("method"), str):
+            raise self.error('"fit" must have method, stats and options')
+        self.known(content, ("method", "stats", "options"), '"fit"')
+        options = content.get("options", {})
+        if not isinstance(options, dict):
+            raise self.error('"fit": options must map names to values')
+        stats = content.get("stats")
+        return Fit(content["method"], None if stats is None else self.text(stats, "stats"), options)
 
     def known(self, content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
         for key in content:
@@ -211,16 +260,19 @@ class _Reader:
                 yield expert, value
 
 
-def plan_from_json(text: str, source: str = "the plan") -> ExpertPlan:
-    """Parse a plan; raises `UserError` naming `source` and the place of what is wrong."""
-    return _Reader(source).plan(text)
+def plan_from_json(text: str, source: str = "the plan", tensors: Path | None = None) -> ExpertPlan:
+    """Parse a plan; raises `UserError` naming `source` and the place of what is wrong.
+
+    `tensors` is the safetensors file with its values.
+    """
+    return _Reader(source, tensors).plan(text)
 
 
 def plan_table(plan: ExpertPlan) -> str:
     """Per layer how many experts go, stay, are folded and get which bits, rank and width."""
-    header = ["layer", "experts", "drop", "folded", "left", "bits", "rank", "width", "protect"]
+    header = ["layer", "experts", "drop", "folded", "left", "router", *OF_RESULT, "protect"]
     rows = [header]
-    indices = sorted({*plan.layers, *(plan.model.layers if plan.model else ())})
+    indices = sorted({*_indices(plan), *(plan.model.layers if plan.model else ())})
     for index in indices:
         actions = plan.layers.get(index, {})
         count = plan.model.experts_in(index) if plan.model else None
@@ -233,6 +285,7 @@ def plan_table(plan: ExpertPlan) -> str:
                 str(len(plan.dropped(index))),
                 f"{folded} to {len(groups)}" if groups else "0",
                 "-" if count is None else str(len(plan.survivors(index, count))),
+                plan.router(index),
                 *(_span([getattr(a, name) for a in actions.values()]) for name in OF_RESULT),
                 str(sum(action.protect for action in actions.values())),
             ]
@@ -240,7 +293,8 @@ def plan_table(plan: ExpertPlan) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     title = [plan.model.describe()] if plan.model else []
-    return "\n".join([*title, *([plan.note] if plan.note else []), *lines])
+    fitted = [f"values computed by {plan.fit.method}"] if plan.fit else []
+    return "\n".join([*title, *([plan.note] if plan.note else []), *fitted, *lines])
 
 
 def _span(values: list[Any]) -> str:
@@ -257,7 +311,14 @@ def plan_diff(before: ExpertPlan, after: ExpertPlan) -> list[str]:
     if before.model != after.model:
         described = [p.model.describe() if p.model else "any model" for p in (before, after)]
         lines.append(f"model: {described[0]} -> {described[1]}")
-    for layer in sorted({*before.layers, *after.layers}):
+    if before.fit != after.fit:
+        fits = [p.fit.method if p.fit else "none" for p in (before, after)]
+        lines.append(f"fit: {fits[0]} -> {fits[1]}")
+    if before.tensors != after.tensors:
+        lines.append("the values beside the plans (neurons, router maps) differ")
+    for layer in sorted({*_indices(before), *_indices(after)}):
+        if before.router(layer) != after.router(layer):
+            lines.append(f"layer {layer}: router {before.router(layer)} -> {after.router(layer)}")
         experts = {*before.layers.get(layer, {}), *after.layers.get(layer, {})}
         for expert in sorted(experts):
             old, new = before.action(layer, expert), after.action(layer, expert)
