@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moekit.core.view import MoEView
+from moekit.profile.attention import eager_attention
 
 # Attention weights take memory with the square of the length, and a sink shows early.
 LENGTH = 128
@@ -38,7 +38,7 @@ def attention_sink(view: MoEView, samples: Sequence[Sequence[int]]) -> Sink | No
     device = next(model.parameters()).device
     strengths, uniform = [], []
     long_enough = [list(ids)[:LENGTH] for ids in samples if len(ids) > SKIPPED]
-    with _eager_attention(model), torch.inference_mode():
+    with eager_attention(model), torch.inference_mode():
         for ids in long_enough[:SAMPLES]:
             tokens = torch.tensor([ids], device=device)
             output = model(input_ids=tokens, use_cache=False, output_attentions=True)
@@ -51,13 +51,3 @@ def attention_sink(view: MoEView, samples: Sequence[Sequence[int]]) -> Sink | No
         return None
     return Sink(sum(strengths) / len(strengths), sum(uniform) / len(uniform))
 
-
-@contextmanager
-def _eager_attention(model: Any) -> Iterator[None]:
-    """Other implementations of attention do not return their weights."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
