@@ -53,6 +53,18 @@ def test_plan(moekit, refused, tiny, tmp_path):
     assert "4 of 4 in layer 1" in message
 
 
+def test_packed_with_a_resident_codec(moekit, refused, tiny, tmp_path):
+    args = ("convert", tiny, tmp_path / "out", "--to", "packed", "--codec", "bf16")
+    dry = moekit(*args, "--dry-run", "--json").json
+    result = moekit(*args, "--resident-codec", "int8", "--json").json
+    assert result["bytes"] < dry["bytes"]
+    header = json.loads((tmp_path / "out" / "packed.json").read_text())
+    assert header["resident_codec"] == {"name": "int8", "group_size": 32}
+    assert "model.layers.0.self_attn.q_proj.weight" in header["encoded"]
+    message = refused("convert", tiny, tmp_path / "x", "--to", "fused", "--resident-codec", "int8")
+    assert "--resident-codec does not apply to --to fused" in message
+
+
 def test_gguf(moekit, refused, tiny, tmp_path):
     source, out = tmp_path / "model", tmp_path / "out.gguf"
     shutil.copytree(tiny, source)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moekit.runtime.store import ExpertStore, page_aligned
+from moekit.runtime.pages import page_aligned
+from moekit.runtime.store import ExpertStore
 
 
 class StoreSource:

@@ -7,7 +7,8 @@ from moekit.core.pack import pack
 from moekit.core.plan import Action, ExpertPlan
 from moekit.ops import native
 from moekit.runtime.expert_formats import formats_of_layer
-from moekit.runtime.store import ExpertStore, page_aligned
+from moekit.runtime.pages import page_aligned
+from moekit.runtime.store import ExpertStore
 from tests.core.test_pack import saved, wide
 
 

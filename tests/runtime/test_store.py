@@ -12,7 +12,8 @@ import torch
 from moekit.core.errors import UserError
 from moekit.core.pack import pack
 from moekit.runtime import store as store_module
-from moekit.runtime.store import ExpertStore, StoreError, page_aligned
+from moekit.runtime.pages import page_aligned
+from moekit.runtime.store import ExpertStore, StoreError
 from tests.core.test_pack import saved, wide
 
 
@@ -259,7 +260,7 @@ def test_short_reads_are_continued(packed, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 1, "version 1; this moekit reads version 2. Convert the model again"),
+        ("version", 1, "version 1; this moekit reads versions 2 and 3. Convert the model again"),
         ("tile", 8, "is damaged: .*tile 8"),
         ("format", "other", "no header of a packed model"),
         ("id", "0" * 31, "is damaged"),

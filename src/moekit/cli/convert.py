@@ -43,6 +43,7 @@ CHECKPOINTS = (Format.fused, Format.per_expert, Format.packed)
 ONLY_FOR = {
     "--codec": (Format.packed,),
     "--group-size": (Format.packed,),
+    "--resident-codec": (Format.packed,),
     "--gguf-type": (Format.gguf,),
     "--gguf-pre": (Format.gguf,),
 }
@@ -87,6 +88,14 @@ def convert(
         int | None,
         typer.Option(
             metavar="N", help="Columns that share a scale with --to packed: 32 (default), 64, 128."
+        ),
+    ] = None,
+    resident_codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How --to packed encodes attention, shared experts and the output head; unless "
+            "given they stay as they are.",
         ),
     ] = None,
     gguf_type: Annotated[
@@ -135,6 +144,7 @@ def convert(
             {
                 "--codec": codec,
                 "--group-size": group_size,
+                "--resident-codec": resident_codec,
                 "--gguf-type": gguf_type,
                 "--gguf-pre": gguf_pre,
                 "--dtype": None if dtype is Dtype.auto else dtype,
@@ -170,7 +180,10 @@ def convert(
             from moekit.core.pack import DEFAULT_CODEC, DEFAULT_GROUP_SIZE, pack
 
             write = functools.partial(
-                pack, codec=codec or DEFAULT_CODEC, group_size=group_size or DEFAULT_GROUP_SIZE
+                pack,
+                codec=codec or DEFAULT_CODEC,
+                group_size=group_size or DEFAULT_GROUP_SIZE,
+                resident_codec=resident_codec,
             )
         with progress("writing", "B") as advance:
             result = write(

@@ -41,9 +41,10 @@ from moekit.core.packed import (
     PackedLayer,
     write_record,
 )
+from moekit.core.packed_resident import encoded_parts
 from moekit.core.plan import ExpertPlan
 from moekit.core.registry import register
-from moekit.core.shards import Shard, plan_shards
+from moekit.core.shards import CACHE_LINE, Shard, plan_shards
 from moekit.core.spec import spec_from_config
 from moekit.core.view import MoEView
 from moekit.core.writer import DEFAULT_SHARD_BYTES
@@ -64,6 +65,7 @@ _MATRICES = ("gate", "up", "down")
     limits="Only moekit reads it.",
     options={
         "codec": "how the experts are encoded (`moekit list --kind codec`)",
+        "resident_codec": "how the other matrices are encoded; as they are unless given",
         "group_size": "columns that share a scale: 32, 64 or 128",
     },
 )
@@ -74,6 +76,7 @@ def pack(
     *,
     codec: str = DEFAULT_CODEC,
     group_size: int = DEFAULT_GROUP_SIZE,
+    resident_codec: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -86,14 +89,18 @@ def pack(
     """Write the checkpoint in directory `model` to `out` as `core.packed` describes.
 
     `plan` drops experts, and its bits (16, 8, 4, 3, 2) choose the codec of single experts, of the
-    same kind as `codec`. `dtype` is that of the resident part. Memory does not grow with the model.
-    The rest is as for `convert`.
+    same kind as `codec`. `resident_codec` encodes the matrices of attention, of dense and shared
+    MLPs and the output head, which then open without work. `dtype` is that of what is not encoded.
+    Memory does not grow with the model. The rest is as for `convert`.
 
     Raises `UserError` as `convert` does, and for experts that the codec cannot hold.
     """
     source, target = Path(model), Path(out)
     default = CodecChoice(codec, group_size)
     default.make()
+    kept = None if resident_codec is None else CodecChoice(resident_codec, group_size)
+    if kept is not None:
+        kept.make()
     plan = check_request(source, target, plan, dtype, overwrite)
     options = {
         "to": PACKED,
@@ -103,6 +110,8 @@ def pack(
         "plan": plan_hash(plan),
         "copy_code": copy_code,
     }
+    if kept is not None:
+        options["resident_codec"] = resident_codec
     with Checkpoint(source) as checkpoint:
         chosen = _codecs_of(plan, source, default)
         work = prepare(checkpoint, FUSED, _without_bits(plan), dtype, target)
@@ -113,8 +122,14 @@ def pack(
         layers = tuple(_packed_layer(spec, views, chosen, default) for spec, views, _ in sources)
         routed = {name for _, _, names in sources for name in names}
         resident = {name: tensor for name, tensor in used.items() if name not in routed}
+        encoded = None
+        if kept is not None:
+            resident, encoded = encoded_parts(resident, read_config(work.config), kept)
+        # What is read from where it lies in the file begins with a cache line.
+        resident = dict(sorted(resident.items(), key=lambda item: item[1].nbytes % CACHE_LINE > 0))
         identity = json.dumps([options, state_of(checkpoint)]).encode()
-        header = PackedHeader(hashlib.sha256(identity).hexdigest()[:32], layers, {}, (), ())
+        name = hashlib.sha256(identity).hexdigest()[:32]
+        header = PackedHeader(name, layers, {}, (), (), encoded)
         records = dict(_records(header, [views for _, views, _ in sources]))
         shards = {
             RESIDENT: plan_shards(_infos(resident), max_shard_bytes, RESIDENT),

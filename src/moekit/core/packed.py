@@ -2,14 +2,16 @@
 
     config.json, tokenizer, ...     as in any model directory
     packed.json                     this header
-    resident[-...].safetensors      all but the routed experts, by the model's parameter names
+    resident[-...].safetensors      all but the routed experts, by the model's parameter names; a
+                                    matrix that is stored encoded is a `U8` tensor [1, n]
     experts[-...].safetensors       one record for each expert, or for each of its planes
 
 A record is a `U8` tensor [1, n] that starts at a multiple of `PAGE` in its file and is a multiple
 of it long, so one direct read fetches it; the planes of an expert follow each other. It begins with
 `RECORD_HEADER` bytes: magic, layer (counted over MoE layers), expert, plane, CRC-32 of all other
 bytes, bytes used, and the id of the pack. Then come the arrays of `RecordLayout`, each at a
-multiple of `ALIGN`, little-endian; those of the integer codecs in tiles (`ops.codecs.tiles`).
+multiple of `ALIGN`, little-endian; those of the integer codecs in tiles (`ops.codecs.tiles`). So do
+the arrays of an encoded matrix of the resident part (`core.packed_resident`), from its first byte.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from moekit.ops.codecs import Codec, Encoded, Part, make_codec
 from moekit.ops.codecs.tiles import TILE_ROWS, tile, tiled_nbytes, tiled_shape, untile
 
 FORMAT = "moekit.packed"
-VERSION = 2
+# A header has the least version that describes what is there; 3 brought encoded resident matrices.
+PLAIN_VERSION, ENCODED_VERSION = 2, 3
 PAGE = 4096
 ALIGN = 64
 RECORD_HEADER = 64
@@ -230,11 +233,21 @@ def read_parts(layer: PackedLayer, expert: int, records: list[Tensor]) -> Expert
 
 
 @dataclass(frozen=True)
+class EncodedResident:
+    """The matrices [O, I] of the resident part that are stored encoded, by name; their dtype is
+    that which they had."""
+
+    codec: CodecChoice
+    matrices: Mapping[str, Part]
+
+
+@dataclass(frozen=True)
 class PackedHeader:
     """`packed.json`: `id` (32 hexadecimal digits) is also in every record.
 
     `resident` maps the tensors of the resident part to the CRC-32 of their bytes; `files` lists the
-    names of the resident files and of the expert files.
+    names of the resident files and of the expert files. `encoded` is None where the resident part
+    is stored as it was.
     """
 
     id: str
@@ -242,11 +255,12 @@ class PackedHeader:
     resident: Mapping[str, int]
     resident_files: tuple[str, ...]
     expert_files: tuple[str, ...]
+    encoded: EncodedResident | None = None
 
     def to_json(self) -> str:
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": PLAIN_VERSION if self.encoded is None else ENCODED_VERSION,
             "tile": TILE_ROWS,
             "id": self.id,
             "layers": [_layer_to_json(layer) for layer in self.layers],
@@ -254,6 +268,9 @@ class PackedHeader:
             "expert_files": list(self.expert_files),
             "resident": {name: f"{crc:08x}" for name, crc in self.resident.items()},
         }
+        if self.encoded is not None:
+            content["resident_codec"] = dataclasses.asdict(self.encoded.codec)
+            content["encoded"] = _parts_to_json(self.encoded.matrices.values())
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
@@ -268,10 +285,10 @@ class PackedHeader:
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise UserError(f"{path} is no header of a packed model.")
-        if content.get("version") != VERSION:
+        if content.get("version") not in (PLAIN_VERSION, ENCODED_VERSION):
             raise UserError(
-                f"{path} has version {content.get('version')!r}; this moekit reads version "
-                f"{VERSION}. Convert the model again."
+                f"{path} has version {content.get('version')!r}; this moekit reads versions "
+                f"{PLAIN_VERSION} and {ENCODED_VERSION}. Convert the model again."
             )
         try:
             return cls._parsed(content)
@@ -294,6 +311,7 @@ class PackedHeader:
             tuple(_layer_from_json(layer) for layer in content["layers"]),
             {str(name): int(crc, 16) for name, crc in content["resident"].items()},
             **files,
+            encoded=_encoded_from_json(content),
         )
         for layer in made.layers:
             for expert in range(layer.num_experts):
@@ -310,17 +328,36 @@ def _layer_to_json(layer: PackedLayer) -> dict[str, Any]:
         "path": layer.path,
         "layer_index": layer.layer_index,
         "matrices": {part.name: list(part.shape) for part in layer.matrices},
-        "vectors": {
-            part.name: {"shape": list(part.shape), "dtype": DTYPE_NAMES[part.dtype]}
-            for part in layer.vectors
-        },
+        "vectors": _parts_to_json(layer.vectors),
         "codecs": [dataclasses.asdict(choice) for choice in table],
         "codec_of_expert": [table.index(choice) for choice in layer.codecs],
     }
 
 
+def _parts_to_json(parts: Iterable[Part]) -> dict[str, Any]:
+    return {p.name: {"shape": list(p.shape), "dtype": DTYPE_NAMES[p.dtype]} for p in parts}
+
+
+def _codec_from_json(content: Mapping[str, Any]) -> CodecChoice:
+    return CodecChoice(str(content["name"]), _size(content["group_size"]))
+
+
+def _encoded_from_json(content: Mapping[str, Any]) -> EncodedResident | None:
+    if content["version"] == PLAIN_VERSION:
+        return None
+    codec = _codec_from_json(content["resident_codec"])
+    matrices = {}
+    for name, part in content["encoded"].items():
+        outputs, inputs = map(_size, part["shape"])
+        matrices[name] = Part(name, (outputs, inputs), _DTYPES[part["dtype"]])
+        codec.make().layout((outputs, inputs))
+    if not matrices.keys() <= content["resident"].keys():
+        raise ValueError("an encoded matrix that is no resident tensor")
+    return EncodedResident(codec, matrices)
+
+
 def _layer_from_json(content: Mapping[str, Any]) -> PackedLayer:
-    table = [CodecChoice(str(c["name"]), _size(c["group_size"])) for c in content["codecs"]]
+    table = [_codec_from_json(codec) for codec in content["codecs"]]
     matrices = tuple(
         Part(_known(name, _MATRICES), tuple(map(_size, shape)), torch.float32)
         for name, shape in content["matrices"].items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from ctypes import POINTER
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from moekit.core.packed import PackedLayer
-from moekit.ops.codecs import Codec
+from moekit.core.packed_resident import decoded, matrix_arrays
+from moekit.ops.codecs import Codec, Part
 from moekit.ops.native import ExpertFormat, Format, Pool
 from moekit.ops.native.decoder import SCORES, Layer, Linear, Model, Router, RouterRule
 from moekit.ops.native.encode import encode_in_memory, nbytes_in_memory
-from moekit.ops.native.formats import KINDS, expert_format, plain_format
+from moekit.ops.native.formats import KINDS, expert_format, matrix_format, plain_format
 from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
 from moekit.runtime.expert_formats import formats_of_layer
+from moekit.runtime.pages import page_aligned
 from moekit.runtime.store import ExpertStore, StoreError
 
 MATRIX, VECTOR, TABLE = "matrix", "vector", "table"
@@ -41,8 +42,9 @@ class DecoderWeights:
     """Reads the resident part of `store` and describes it in `model`, which points into it.
 
     Matrices of attention, of dense and shared MLPs and the output head are encoded by `codec`, or
-    kept as they are in `dtype` (None: as stored); embedding and routers stay as stored, all else is
-    float32. Raises StoreError for a damaged or incomplete part.
+    kept in `dtype` (None: as stored); embedding and routers stay as stored, all else is float32.
+    What is stored encoded stays so, whatever `codec` is. Where nothing is to be encoded, all of it
+    stays where it was read. Raises StoreError for a damaged or incomplete part.
     """
 
     def __init__(
@@ -57,14 +59,18 @@ class DecoderWeights:
         max_rows: int = 256,
     ) -> None:
         self.shape = shape
-        self._pool, self._codec, self._dtype = pool, codec, dtype
+        self._pool, self._dtype = pool, dtype
+        self._encoded = store.header.encoded
+        self._codec = codec if self._encoded is None else self._encoded.codec.make()
         self._matrices: dict[str, Matrix] = {}
         self._tensors: dict[str, Tensor] = {}
         self._formats: list[Any] = []
         self._roles = roles_of(shape)
-        self._arena = Arena(
-            sum(self._size(name, info.dtype) for name, info in store.resident_info().items())
-        )
+        infos = store.resident_info()
+        works = [name for name, info in infos.items() if self._needs_work(name, info.dtype)]
+        self._whole = self._encoded is not None or not works
+        copied = works if self._whole else infos
+        self._arena = Arena(sum(self._size(name, infos[name].dtype) for name in copied))
         self._read(store)
         self.layers = (Layer * len(shape.layers))(
             *[self._layer(layer, store) for layer in shape.layers]
@@ -75,7 +81,8 @@ class DecoderWeights:
     def nbytes(self) -> int:
         """Bytes of all weights in memory."""
         tensors = [*(m.memory for m in self._matrices.values()), *self._tensors.values()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        memory = [tensor.untyped_storage() for tensor in tensors]
+        return sum({held.data_ptr(): held.nbytes() for held in memory}.values())
 
     def kernel_scratch(self, rows: int) -> int:
         """Bytes that the kernels take, at most, for the activations of a step of `rows` rows."""
@@ -89,24 +96,51 @@ class DecoderWeights:
 
     def _read(self, store: ExpertStore) -> None:
         roles = dict(self._roles)
-        for name, tensor in store.resident():
-            wanted = self.shape.tensors.get(name)
-            if wanted != tuple(tensor.shape):
+        for name, stored in store.resident_stored(whole=self._whole):
+            wanted, part = self.shape.tensors.get(name), self._encoded_part(name)
+            if wanted != tuple(stored.shape if part is None else part.shape):
                 raise StoreError(
-                    f"{store.path}: tensor {name} {list(tensor.shape)} has no place in the model "
+                    f"{store.path}: tensor {name} {list(stored.shape)} has no place in the model "
                     "of its config.json. Convert the model again."
                 )
             given = roles.pop(name, ())
+            if part is not None and given == (MATRIX,):
+                self._matrices[name] = self._stored_matrix(part, stored.reshape(-1))
+                continue
+            if part is not None and self._encoded is not None:
+                stored = decoded(self._encoded, name, stored)
             if TABLE in given:
-                self._tensors[name] = _table(tensor)
+                self._tensors[name] = _aligned(stored.to(_table_dtype(stored.dtype)))
             if VECTOR in given:
-                self._tensors[name] = tensor.float().contiguous()
+                self._tensors[name] = stored.to(torch.float32, copy=True)
             if MATRIX in given:
-                self._matrices[name] = self._matrix(name, tensor)
+                self._matrices[name] = self._matrix(name, stored)
         if roles:
             raise StoreError(
                 f"{store.path}: tensor {min(roles)} is missing. Convert the model again."
             )
+
+    def _encoded_part(self, name: str) -> Part | None:
+        return None if self._encoded is None else self._encoded.matrices.get(name)
+
+    def _stored_matrix(self, part: Part, stored: Tensor) -> Matrix:
+        """A matrix that is stored as the kernels read it."""
+        assert self._encoded is not None
+        shape = (part.shape[0], part.shape[1])
+        planes, _ = matrix_arrays(self._encoded.codec, shape)
+        offsets = [{array.part.name: array.offset for array in plane} for plane in planes]
+        format = matrix_format(self._encoded.codec.make(), shape, offsets)
+        if format is None:
+            raise NotSupportedError(f"the kernels do not read {self._encoded.codec.name}")
+        return Matrix(format, _aligned(stored))
+
+    def _needs_work(self, name: str, stored: torch.dtype) -> bool:
+        """Whether a tensor holds a matrix that is not read as it is stored."""
+        if MATRIX not in self._roles.get(name, ()) or self._is_shared(name, stored):
+            return False
+        if self._encoded_part(name) is not None:
+            return self._roles[name] != (MATRIX,)
+        return encodes(self._codec, self.shape.tensors[name]) or self._kept(stored) != stored
 
     def _size(self, name: str, stored: torch.dtype) -> int:
         """Bytes of the arena that a tensor takes."""
@@ -120,8 +154,7 @@ class DecoderWeights:
 
     def _is_shared(self, name: str, stored: torch.dtype) -> bool:
         """Whether a matrix is read where the embedding that it is tied to lies."""
-        outputs, inputs = self.shape.tensors[name]
-        encoded = encodes(self._codec, (outputs, inputs))
+        encoded = encodes(self._codec, self.shape.tensors[name])
         return (
             TABLE in self._roles[name]
             and not encoded
@@ -136,6 +169,8 @@ class DecoderWeights:
         if self._is_shared(name, tensor.dtype):
             kept = self._tensors[name]
             return Matrix(plain_format(shape, kept.dtype), kept)
+        if self._whole and not self._needs_work(name, tensor.dtype):
+            return Matrix(plain_format(shape, tensor.dtype), _aligned(tensor))
         memory = self._arena.take(self._size(name, tensor.dtype))
         if encodes(self._codec, shape):
             assert self._codec is not None
@@ -268,12 +303,7 @@ class Arena:
     ALIGN = 64
 
     def __init__(self, nbytes: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Reading a matrix from end to end then waits for few translations of addresses.
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory = page_aligned(nbytes, huge=True)
         self._used = 0
 
     @classmethod
@@ -317,7 +347,7 @@ def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
     return roles
 
 
-def encodes(codec: Codec | None, shape: tuple[int, int]) -> bool:
+def encodes(codec: Codec | None, shape: tuple[int, ...]) -> bool:
     """Whether `codec` is one and its groups fit a matrix of `shape`."""
     group = getattr(codec, "group_size", 1)
     return codec is not None and shape[1] % group == 0
@@ -334,8 +364,9 @@ def _moved(format: Format, bytes_: int) -> Format:
     return made
 
 
-def _table(tensor: Tensor) -> Tensor:
-    return tensor.to(_table_dtype(tensor.dtype)).contiguous()
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that begins with a cache line."""
+    return tensor.clone() if tensor.data_ptr() % Arena.ALIGN else tensor
 
 
 def _table_dtype(stored: torch.dtype) -> torch.dtype:

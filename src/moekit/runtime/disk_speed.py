@@ -7,7 +7,8 @@ import random
 import time
 from pathlib import Path
 
-from moekit.runtime.store import ExpertStore, page_aligned
+from moekit.runtime.pages import page_aligned
+from moekit.runtime.store import ExpertStore
 
 SECONDS = 0.25
 PIECE = 2**22

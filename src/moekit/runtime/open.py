@@ -84,7 +84,7 @@ def open_engine(
     directory = Path(source)
     notes: list[str] = []
     if not packed:
-        directory, notes = _packed(find_model(path), codec, limit, progress, note)
+        directory, notes = _packed(find_model(path), codec, resident_codec, limit, progress, note)
     elif codec not in (None, AUTO):
         raise UserError(f"{path} is packed already: leave out codec, or give the unpacked model")
     request = Request(
@@ -141,6 +141,7 @@ def _check_fits(directory: Path) -> None:
 def _packed(
     directory: Path,
     codec: str | None,
+    resident_codec: str | None,
     limit: int | None,
     progress: Callable[[int, int], None] | None,
     note: Callable[[str], None] | None,
@@ -155,4 +156,7 @@ def _packed(
         codec, group_size = choice.codec, choice.group_size
         notes.append(choice.reason)
     assert codec is not None
-    return packed_copy(directory, codec, group_size, progress=progress, note=note), notes
+    made = packed_copy(
+        directory, codec, group_size, resident_codec=resident_codec, progress=progress, note=note
+    )
+    return made, notes

@@ -133,7 +133,13 @@ class _Opening:
 
     def check_early(self) -> None:
         """Refuse what cannot fit before anything is read."""
-        if self.request.resident_codec is None:
+        stored, wanted = self.store.header.encoded, self.request.resident_codec
+        if stored is not None and wanted not in (None, stored.codec.name):
+            raise UserError(
+                f"the resident part of {self.store.path} is stored in {stored.codec.name}: leave "
+                f"out resident_codec, or convert the model again with --resident-codec {wanted}"
+            )
+        if stored is not None or wanted is None:
             size = sum(info.nbytes for info in self.store.resident_info().values())
             self._budget(size, 0, 0)
 
@@ -165,7 +171,7 @@ class _Opening:
 
     def graph(self, stack: ExitStack) -> tuple[Runner, Budget, ExpertCache]:
         """The family's own modules."""
-        if self.request.resident_codec is not None:
+        if self.request.resident_codec is not None and self.store.header.encoded is None:
             raise UserError("resident_codec needs the native runner, which does not run this model")
         model = resident_model(self.store, self.config, self.dtype)
         runner = GraphRunner(model)

@@ -15,7 +15,7 @@ from moekit.core.checkpoint import Checkpoint
 from moekit.core.convert import state_of
 from moekit.core.errors import UserError
 from moekit.core.pack import pack
-from moekit.core.packed import VERSION
+from moekit.core.packed import ENCODED_VERSION, PLAIN_VERSION
 
 FOLDER = "packed"
 
@@ -30,20 +30,23 @@ def packed_copy(
     codec: str,
     group_size: int,
     *,
+    resident_codec: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
     """The packed form of the model in directory `source`; made at the first call.
 
-    Its name contains the state of the source's files, the codec and the group size, so a changed
+    Its name contains the state of the source's files, the codecs and the group size, so a changed
     source is packed again. The directory appears only when it is complete; an interrupted packing
     goes on at the next call, and two processes do not pack the same model at once. Raises
     UserError as `pack` does.
     """
     with Checkpoint(source) as checkpoint:
-        key = json.dumps([VERSION, codec, group_size, state_of(checkpoint)])
+        parts = [PLAIN_VERSION, codec, group_size, state_of(checkpoint)]
+    if resident_codec is not None:
+        parts += [ENCODED_VERSION, resident_codec]
     name = re.sub(r"[^\w.-]+", "-", source.resolve().name)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     target = cache_directory() / FOLDER / f"{name}-{codec}-{digest}"
     if target.is_dir():
         return target
@@ -59,7 +62,15 @@ def packed_copy(
         if not target.is_dir():
             if note is not None:
                 note(f"packing {source} with {codec} into {target}")
-            pack(source, target, codec=codec, group_size=group_size, progress=progress, note=note)
+            pack(
+                source,
+                target,
+                codec=codec,
+                group_size=group_size,
+                resident_codec=resident_codec,
+                progress=progress,
+                note=note,
+            )
     return target
 
 

@@ -8,7 +8,6 @@ that were packed raises `StoreError`.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 import zlib
@@ -30,10 +29,11 @@ from moekit.core.packed import (
     check_record,
     read_parts,
 )
+from moekit.core.packed_resident import decoded, matrix_arrays
 from moekit.ops import native
+from moekit.runtime.pages import page_aligned
+from moekit.runtime.resident_reader import ResidentReader, Span
 
-# The resident part is read through a buffer of this size.
-BUFFER_BYTES = 2**23
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
@@ -165,43 +165,42 @@ class ExpertStore:
         return pieces
 
     def resident(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the resident part, by the model's parameter names, each verified."""
-        for name in self.header.resident_files:
-            # The file's own header knows shapes and dtypes; its data is read past the page cache.
-            with Checkpoint(self.path / name) as file:
-                for tensor in file.names():
-                    yield tensor, self._resident(tensor, file.info(tensor))
+        """The tensors of the resident part, by the model's parameter names, each verified; what is
+        stored encoded is decoded."""
+        for name, stored in self.resident_stored():
+            if self.header.encoded is not None and name in self.header.encoded.matrices:
+                yield name, decoded(self.header.encoded, name, stored)
+            else:
+                yield name, stored
+
+    def resident_stored(self, *, whole: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the resident part as they are stored, each verified; encoded ones are
+        bytes [1, n]. With `whole` they lie in one piece of memory as in their files."""
+        infos, spans = self.resident_info(), []
+        for name in infos:
+            record = self._records[name]
+            spans.append(Span(name, record.file, record.offset, record.offset + record.size))
+        spans.sort(key=lambda span: (span.file, span.start))
+        for span, data in ResidentReader(spans, self._read, whole=whole):
+            crc = _crc32(data.numpy().data, 0)
+            if crc != self.header.resident[span.name]:
+                raise StoreError(
+                    f"{self.path / span.file}: tensor {span.name} is damaged: its checksum is "
+                    f"{crc:08x} instead of {self.header.resident[span.name]:08x}. Copy the file "
+                    "again or convert the model again."
+                )
+            info = infos[span.name]
+            if data.storage_offset() % info.dtype.itemsize:
+                data = data.clone()
+            yield span.name, data.view(info.dtype).view(info.shape)
 
     def resident_info(self) -> dict[str, TensorInfo]:
-        """Shape and dtype of the tensors of the resident part, which are not read."""
+        """Shape and dtype of the tensors of the resident part as they are stored; none is read."""
         found = {}
         for name in self.header.resident_files:
             with Checkpoint(self.path / name) as file:
                 found.update({tensor: file.info(tensor) for tensor in file.names()})
         return found
-
-    def _resident(self, name: str, info: TensorInfo) -> Tensor:
-        record = self._records[name]
-        data = torch.empty(record.size, dtype=torch.uint8)
-        # Whole pages, as direct reads need, and one more for where the tensor begins in its first.
-        pages = -(-record.size // PAGE) + 1
-        buffer = page_aligned(min(BUFFER_BYTES, pages * PAGE))
-        crc, done = 0, 0
-        while done < record.size:
-            start = record.offset + done
-            first = start - start % PAGE
-            got = self._read(record.file, first, buffer, start + 1)
-            piece = buffer[start - first : got][: record.size - done]
-            data[done : done + len(piece)] = piece
-            crc = _crc32(piece.numpy().data, crc)
-            done += len(piece)
-        if crc != self.header.resident[name]:
-            raise StoreError(
-                f"{self.path / record.file}: tensor {name} is damaged: its checksum is {crc:08x} "
-                f"instead of {self.header.resident[name]:08x}. Copy the file again or convert the "
-                "model again."
-            )
-        return data.view(info.dtype).view(info.shape)
 
     def _planes(self, layer: int, expert: int, planes: int | None) -> list[_Record]:
         if not 0 <= layer < len(self.layers):
@@ -293,11 +292,6 @@ def _crc32(data: memoryview, crc: int) -> int:
     return zlib.crc32(data, crc) if kernels is None else kernels.crc32(data, crc)
 
 
-def page_aligned(size: int) -> Tensor:
-    """Bytes [size] that begin at a page, as direct reads need, given back when they are freed."""
-    return torch.frombuffer(mmap.mmap(-1, max(size, PAGE)), dtype=torch.uint8)[:size]
-
-
 def _runs(records: list[_Record]) -> Iterator[list[_Record]]:
     """Records that lie one after the other, to be fetched by one read."""
     run: list[_Record] = []
@@ -325,6 +319,13 @@ def _check_tensors(directory: Path, header: PackedHeader, found: dict[str, _Reco
             raise StoreError(
                 f"{directory / record.file}: {name} has {record.size} bytes at {record.offset}; "
                 f"expected {size} at a multiple of {PAGE}. Convert the model again."
+            )
+    for name, part in () if header.encoded is None else header.encoded.matrices.items():
+        _, size = matrix_arrays(header.encoded.codec, (part.shape[0], part.shape[1]))
+        if name in found and found[name].size != size:
+            raise StoreError(
+                f"{directory}: {name} has {found[name].size} bytes; {header.encoded.codec.name} of "
+                f"{list(part.shape)} has {size}. Convert the model again."
             )
     missing = sorted(set(header.resident) - set(found)) or sorted(
         set(found) - set(header.resident) - set(wanted)
