@@ -1,0 +1,94 @@
+"""Compile the kernels for GPUs that are not there; `python -m tests.ops.triton.compile_ahead`.
+
+Prints as JSON, for each codec named and each kernel, what its PTX loads and multiplies with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moekit.ops.codecs import make_codec
+from moekit.ops.triton import kernels
+from moekit.ops.triton.formats import ExpertFormat, matrix_format
+from moekit.ops.triton.launch import VECTOR, blocks_for, settings_of
+
+POINTERS = {
+    "memory": "*u8",
+    "places": "*i64",
+    "experts": "*i64",
+    "pair_of_row": "*i64",
+    "expert_of_block": "*i64",
+    "parts": "*fp32",
+    "weights": "*fp32",
+}
+
+
+def expert(codec_name: str) -> ExpertFormat:
+    codec, end = make_codec(codec_name), 0
+
+    def matrix(rows: int, cols: int):
+        nonlocal end
+        offsets = []
+        for plane in codec.layout((rows, cols)):
+            offsets.append({part.name: end + 64 * i for i, part in enumerate(plane)})
+            end += 64 * len(plane) * 1024
+        made = matrix_format(codec, (rows, cols), offsets)
+        assert made is not None
+        return made
+
+    return ExpertFormat(matrix(512, 1024), matrix(512, 1024), matrix(1024, 512), "silu")
+
+
+def compiled(kernel, constants, floating, capability, **options) -> dict[str, int]:
+    """Counts of the interesting instructions of a kernel."""
+    names = kernel.arg_names
+    types = {**POINTERS, "x": floating, "out": floating}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types}
+    made = triton.compile(
+        ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants}, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": True, **options},
+    )
+    found = re.findall(r"\b(?:ld|st)\.(?:global|local)[\w.]*|\b\w*mma[\w.]*", made.asm["ptx"])
+    return {**Counter(found), "shared": made.metadata.shared}
+
+
+def main() -> None:
+    found = {}
+    for codec in sys.argv[1:]:
+        made = expert(codec)
+        assert made.gate is not None
+        constants = settings_of(made.up, made.gate, made, False)
+        for capability in (80, 90):
+            for floating in ("*bf16", "*fp32"):
+                at = f"{codec} {capability} {floating}"
+                found[f"vector {at}"] = compiled(
+                    kernels.vector_kernel,
+                    {**constants, "BLOCK": VECTOR.rows, "GROUPS": 256 // made.up.group},
+                    floating,
+                    capability,
+                )
+                for mean in (16, 64):
+                    blocks = blocks_for(mean, 1)
+                    found[f"block{blocks.pairs} {at}"] = compiled(
+                        kernels.block_kernel,
+                        {**constants, "BLOCK": blocks.rows, "PAIRS": blocks.pairs},
+                        floating,
+                        capability,
+                        num_stages=blocks.stages,
+                        num_warps=blocks.warps,
+                    )
+    found["combine"] = compiled(kernels.combine_kernel, {"BLOCK": 256}, "*bf16", 90)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
