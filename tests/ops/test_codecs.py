@@ -16,7 +16,8 @@ from moekit.ops.codecs.bit_fields import pack_bits, packed_bytes, unpack_bits
 
 NAMES = [method.name for method in registry.methods(kind="codec")]
 PLAIN = {"fp32", "bf16", "fp16"}
-GROUPED = [name for name in NAMES if name not in PLAIN]
+BY_ROW = {"ternary-rows"}
+GROUPED = [name for name in NAMES if name not in PLAIN | BY_ROW]
 EVERY = [(name, 32) for name in NAMES] + [(name, g) for name in GROUPED for g in (64, 128)]
 IDEMPOTENT = [(name, g) for name, g in EVERY if make_codec(name).idempotent]
 # Divisions and products in float32, of steps up to 255 in int8.

@@ -11,7 +11,18 @@ from moekit.ops.codecs import Encoded, make_codec
 from moekit.ops.codecs.range_search import searched_fit
 from moekit.ops.gptq import gptq, gptq_encode, gptq_naive, inverse_factor, proxy_loss
 
-GRIDS = ["int8", "int4", "int4-zp", "int3", "int2", "int2-zp", "binary", "ternary", "ternary-zp"]
+GRIDS = [
+    "int8",
+    "int4",
+    "int4-zp",
+    "int3",
+    "int2",
+    "int2-zp",
+    "binary",
+    "ternary",
+    "ternary-zp",
+    "ternary-rows",
+]
 
 
 def weights(rows=16, columns=96, seed=0):
@@ -27,7 +38,7 @@ def correlated(columns=96, tokens=300, seed=1):
 
 
 def decoded(codec, codes, grid):
-    plane = codec.pack(codes.unflatten(1, (-1, codec.group_size)), grid)
+    plane = codec.pack(codes.unflatten(1, (-1, codec.group_size or 96)), grid)
     return codec.decode(Encoded(tuple(codes.shape), (plane,)))
 
 

@@ -46,8 +46,9 @@ def gptq(
     rounded to nearest. Raises `UserError` for shapes that do not fit the codec.
     """
     weight, hessian = _without_dead(weight.float(), hessian)
-    group = codec.group_size
     width = weight.shape[-1]
+    # A codec may have one grid a row.
+    group = codec.group_size or width
     if width % group:
         raise UserError(f"{width} columns do not split into groups of {group}.")
     fit: Fit = partial(searched_fit, codec, reach=reach) if reach else codec.fit
@@ -65,10 +66,13 @@ def gptq(
         for name, value in grids.items()
     }
     codes = torch.zeros_like(weight)
-    block = max(group, block // group * group)
+    if order is None:
+        # A grid is fitted to weights that all earlier columns have changed.
+        block = max(group, block // group * group)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        piece, errors = weight[..., start:stop].clone(), torch.zeros_like(weight[..., start:stop])
+        piece = weight[..., start:stop].clone()
+        errors = torch.zeros_like(piece)
         for j in range(start, stop):
             at = j - start
             if order is None and j % group == 0:
@@ -96,7 +100,7 @@ def gptq_naive(
     weight, hessian = _without_dead(weight.float(), hessian)
     weight = weight.double()
     hessian = _damped(hessian, damp)
-    group = codec.group_size
+    group = codec.group_size or weight.shape[1]
     codes, grids = torch.zeros_like(weight), []
     for j in range(weight.shape[1]):
         if j % group == 0:
@@ -128,7 +132,7 @@ def gptq_encode(
     codes, grids = gptq(
         weight, hessian, codec, damp=damp, act_order=act_order, block=block, reach=reach
     )
-    plane = codec.pack(codes.unflatten(1, (-1, codec.group_size)), grids)
+    plane = codec.pack(codes.unflatten(1, (grids[next(iter(grids))].shape[1], -1)), grids)
     return Encoded((weight.shape[0], weight.shape[1]), (plane,))
 
 

@@ -10,11 +10,11 @@ from moekit.core.registry import registry
 from moekit.ops import native
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import formats
+from tests.ops.native.activations import seen
 
 NAMES = [method.name for method in registry.methods(kind="codec")]
-WITHOUT_KERNELS = {"ternary", "ternary-zp"}
 PLAIN = ("fp32", "bf16", "fp16")
-WITH_GROUPS = [name for name in NAMES if name not in {*PLAIN, *WITHOUT_KERNELS}]
+WITH_GROUPS = [name for name in NAMES if name not in PLAIN]
 EVERY = [(name, 32) for name in PLAIN] + [(n, g) for n in WITH_GROUPS for g in (32, 64, 128)]
 # A tile is 64 rows, a strip of it 16; row-major kernels take 8 rows and 32 columns at a time.
 SHAPES = [(64, 256), (128, 384), (35, 128), (1, 128), (200, 128)]
@@ -37,17 +37,10 @@ def check(out, x, weight):
     assert bool(((out - exact).abs() <= bound * x.shape[1] * 2**-24).all())
 
 
-def rounded(name, x):
-    """What the kernels see of the activations."""
-    return x if name in ("fp32", "fp16") else x.bfloat16().float()
-
-
-def test_which_codecs_have_kernels():
-    codecs = {name: make_codec(name) for name in NAMES}
-    without = {
-        n for n, c in codecs.items() if formats.in_memory(c, c.encode(random(2, 64))) is None
-    }
-    assert without == WITHOUT_KERNELS
+def test_every_codec_has_kernels():
+    for name in NAMES:
+        codec = make_codec(name)
+        assert formats.in_memory(codec, codec.encode(random(2, 64))) is not None, name
 
 
 @pytest.mark.parametrize(("name", "group_size"), EVERY)
@@ -59,16 +52,16 @@ def test_product(pool, name, group_size):
         for tokens in TOKENS:
             x = random(tokens, columns, seed=tokens)
             out = pool.matmul(matrix, memory.data_ptr(), x)
-            check(out, rounded(name, x), codec.decode(encoded))
+            check(out, seen(pool, codec, x), codec.decode(encoded))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in WITHOUT_KERNELS])
+@pytest.mark.parametrize("name", NAMES)
 def test_product_is_that_of_the_codec(pool, name):
-    """The contract of every codec. Activations that bfloat16 holds, so nothing is rounded twice."""
+    """The contract of every codec. Activations are rounded before, so that nothing is twice."""
     codec = make_codec(name)
     encoded = codec.encode(random(96, 256, scale=0.05))
     matrix, memory = formats.in_memory(codec, encoded)
-    x = random(5, 256).bfloat16().float()
+    x = seen(pool, codec, random(5, 256))
     out, expected = pool.matmul(matrix, memory.data_ptr(), x), codec.matmul(x, encoded)
     # Two float32 sums, each as far from the exact one as `check` allows.
     assert torch.allclose(out, expected, rtol=0, atol=2 * 256 * 2**-24 * float(256 * 0.05))
@@ -81,7 +74,7 @@ def test_fewer_planes(pool, planes):
     matrix, memory = formats.in_memory(codec, encoded)
     x = random(3, 128)
     out = pool.matmul(matrix, memory.data_ptr(), x)
-    check(out, rounded("nested4", x), codec.decode(encoded))
+    check(out, seen(pool, codec, x), codec.decode(encoded))
 
 
 @pytest.mark.parametrize("columns", [8, 24, 40, 100])
@@ -92,10 +85,12 @@ def test_columns_that_fill_no_vector(pool, name, columns):
     matrix, memory = formats.in_memory(codec, encoded)
     for tokens in (1, 5):
         x = random(tokens, columns)
-        check(pool.matmul(matrix, memory.data_ptr(), x), rounded(name, x), codec.decode(encoded))
+        check(
+            pool.matmul(matrix, memory.data_ptr(), x), seen(pool, codec, x), codec.decode(encoded)
+        )
 
 
-@pytest.mark.parametrize("name", ["int4", "int8-zp", "nested4", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["int4", "int8-zp", "nested4", "ternary", "bf16", "fp32"])
 def test_a_token_does_not_depend_on_the_others_nor_on_threads(kernels, name):
     codec = make_codec(name)
     matrix, memory = formats.in_memory(codec, codec.encode(random(200, 256)))
@@ -130,7 +125,9 @@ def test_values_at_the_limits(pool):
         x = random(2, 64)
         x[:, ::5] = 0
         x[:, 1::5] *= 1e-30
-        check(pool.matmul(matrix, memory.data_ptr(), x), rounded(name, x), codec.decode(encoded))
+        check(
+            pool.matmul(matrix, memory.data_ptr(), x), seen(pool, codec, x), codec.decode(encoded)
+        )
 
 
 def test_shapes_that_do_not_fit_are_refused(pool):

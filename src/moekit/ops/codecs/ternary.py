@@ -22,6 +22,7 @@ _POWERS = torch.tensor([3**i for i in range(TRITS)], dtype=torch.int32)
 class TernaryCodec(GridCodec):
     """Weights as -1, 0 or 1 times one level a group, or with levels of their own for each sign."""
 
+    tiled = True
     idempotent = True
 
     def __init__(self, *, two_levels: bool = False, group_size: int = 32) -> None:
@@ -54,12 +55,12 @@ class TernaryCodec(GridCodec):
         return torch.where(codes == 2, high, torch.where(codes == 0, low, 0.0))
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-        return {"payload": _pack_trits(codes), **grid}
+        return {"payload": pack_trits(codes), **grid}
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         plane = encoded.planes[0]
         grid = {name: values for name, values in plane.items() if name != "payload"}
-        codes = _unpack_trits(plane["payload"], self.group_size)
+        codes = unpack_trits(plane["payload"], self.group_size)
         return self.level(codes, spread(grid)).flatten(1).to(dtype)
 
     def error_bound(self, weight: Tensor, encoded: Encoded) -> Tensor:
@@ -90,15 +91,19 @@ def _best_level(magnitudes: Tensor) -> Tensor:
     return finite_half((sums.gather(-1, best) / (best + 1)).squeeze(-1))
 
 
-def _pack_trits(digits: Tensor) -> Tensor:
-    """Digits 0, 1, 2 [..., G] to bytes: five of them are a number in base three."""
+def pack_trits(digits: Tensor) -> Tensor:
+    """Digits 0, 1, 2 [..., G] to bytes: five of them are a number in base three.
+
+    As in `bit_fields`, byte j of B holds the digits j, j + B, j + 2B, ..., lowest first.
+    """
     missing = -digits.shape[-1] % TRITS
     padded = torch.nn.functional.pad(digits.int(), (0, missing))
-    return (padded.unflatten(-1, (-1, TRITS)) * _POWERS).sum(-1).to(torch.uint8)
+    return (padded.unflatten(-1, (TRITS, -1)) * _POWERS[:, None]).sum(-2).to(torch.uint8)
 
 
-def _unpack_trits(packed: Tensor, group_size: int) -> Tensor:
-    digits = packed.int()[..., None] // _POWERS % 3
+def unpack_trits(packed: Tensor, group_size: int) -> Tensor:
+    """The digits [..., G] of bytes made by `pack_trits`."""
+    digits = packed.int()[..., None, :] // _POWERS[:, None] % 3
     return digits.flatten(-2)[..., :group_size]
 
 
