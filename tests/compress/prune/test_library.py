@@ -21,14 +21,14 @@ def view():
     return tiny_view()
 
 
-def text(low: int, high: int, seed: int = 0, rows: int = 3) -> torch.Tensor:
+def text(low: int, high: int, seed: int = 0, rows: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, (rows, 20), generator=generator)
+    return torch.randint(low, high, (rows, 60), generator=generator)
 
 
 def task_batches() -> list[Batch]:
     """Two tasks that use different halves of the vocabulary."""
-    return [Batch(text(3, 50), None, ["low"] * 3), Batch(text(50, 100), None, ["high"] * 3)]
+    return [Batch(text(3, 50), None, ["low"] * 8), Batch(text(50, 100), None, ["high"] * 8)]
 
 
 @pytest.fixture(scope="module")
