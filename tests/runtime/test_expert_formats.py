@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from moekit.core.pack import pack
+from moekit.core.packed import CodecChoice
 from moekit.core.plan import Action, ExpertPlan
 from moekit.ops import native
+from moekit.ops.codecs import Codec, make_codec
 from moekit.runtime.expert_formats import formats_of_layer
 from moekit.runtime.pages import page_aligned
 from moekit.runtime.store import ExpertStore
@@ -56,7 +58,7 @@ def clamped(x, weights, biases):
     return middle @ weights["down"].T + biases["down_bias"]
 
 
-@pytest.mark.parametrize("codec", ["int4", "int8-zp", "nested4", "bf16"])
+@pytest.mark.parametrize("codec", ["int4", "int8-zp", "nested4", "ternary", "bf16"])
 def test_swiglu(pool, tmp_path, codec):
     pack(saved(wide(), tmp_path / "m"), tmp_path / "packed", codec=codec)
     with ExpertStore.open(tmp_path / "packed") as store:
@@ -79,7 +81,16 @@ def test_experts_of_one_codec_share_a_format(pool, tmp_path):
         check(pool, store, "silu", swiglu)
 
 
-def test_codecs_without_kernels(tmp_path):
-    pack(saved(wide(), tmp_path / "m"), tmp_path / "packed", codec="ternary")
+def test_codecs_without_kernels(tmp_path, monkeypatch):
+    """A codec of a third party: the kernels do not know its class."""
+
+    class Foreign(Codec):
+        def __getattr__(self, name):
+            return getattr(make_codec("int4"), name)
+
+        layout = encode_rows = decode = error_bound = None
+
+    pack(saved(wide(), tmp_path / "m"), tmp_path / "packed", codec="int4")
     with ExpertStore.open(tmp_path / "packed") as store:
+        monkeypatch.setattr(CodecChoice, "make", lambda choice: Foreign())
         assert formats_of_layer(store.layers[0], "silu") is None

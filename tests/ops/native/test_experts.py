@@ -13,6 +13,7 @@ from moekit.ops import native
 from moekit.ops.codecs import make_codec
 from moekit.ops.codecs.tiles import tile
 from moekit.ops.native.formats import expert_format, matrix_format
+from tests.ops.native.activations import seen
 
 WIDTH, INNER, EXPERTS = 128, 96, 5
 ALPHA, LIMIT = 1.702, 7.0
@@ -74,9 +75,9 @@ class Expert:
     def job(self, first, count):
         return self.format, self.memory.data_ptr(), first, count
 
-    def __call__(self, x):
+    def __call__(self, pool, x):
         """The formula; activations are rounded where the kernels round them."""
-        x = self.seen(x)
+        x = seen(pool, self.codec, x)
         up, gate = self.linear("up", x), None
         if "gate" in self.matrices:
             gate = self.linear("gate", x)
@@ -86,13 +87,10 @@ class Expert:
         else:
             function = FUNCTIONS[self.activation]
             middle = function(up) if gate is None else function(gate) * up
-        return self.linear("down", self.seen(middle))
+        return self.linear("down", seen(pool, self.codec, middle))
 
     def linear(self, name, x):
         return F.linear(x, self.matrices[name], self.biases.get(name))
-
-    def seen(self, x):
-        return x if self.codec_is_exact else x.bfloat16().float()
 
     @property
     def codec_is_exact(self):
@@ -115,7 +113,7 @@ def check(pool, experts, seed=0):
     out = run(pool, experts, counts, hidden, tokens)
     first = 0
     for expert, count in zip(experts, counts, strict=True):
-        expected = expert(hidden[tokens[first : first + count].long()])
+        expected = expert(pool, hidden[tokens[first : first + count].long()])
         # A middle value on the edge between two bfloat16 numbers may fall to either side: 2**-8 of
         # it, times a weight of down. Few of the F values are, so a tenth of the worst case.
         edge = 2**-8 * 0.1 * float(expert.matrices["down"].abs().max()) * INNER
@@ -132,14 +130,16 @@ def test_activations(pool, activation):
         check(pool, [Expert(e, "fp32", activation, gate=False) for e in range(EXPERTS)])
 
 
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "int8", "int4", "int3-zp", "nested4"])
+@pytest.mark.parametrize(
+    "codec", ["fp32", "bf16", "fp16", "int8", "int4", "int3-zp", "nested4", "ternary"]
+)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_codecs_and_biases(pool, codec, bias):
     check(pool, [Expert(e, codec, bias=bias) for e in range(EXPERTS)])
 
 
 def test_experts_of_different_codecs(pool):
-    codecs = ("int4", "int2-zp", "bf16", "int4", "nested3")
+    codecs = ("int4", "int2-zp", "bf16", "ternary-zp", "nested3")
     check(pool, [Expert(e, codec) for e, codec in enumerate(codecs)])
 
 

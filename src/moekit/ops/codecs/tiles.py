@@ -25,7 +25,11 @@ def tiled_shape(part: Part) -> tuple[int, ...]:
     """The shape of a part in tiles."""
     outputs, groups, *size = part.shape
     tiles = -(-outputs // TILE_ROWS)
-    return (tiles, groups, size[0] // WORD, TILE_ROWS, WORD) if size else (tiles, groups, TILE_ROWS)
+    if not size:
+        return (tiles, groups, TILE_ROWS)
+    if size[0] % WORD:
+        return (tiles, groups, TILE_ROWS * size[0])
+    return (tiles, groups, size[0] // WORD, TILE_ROWS, WORD)
 
 
 def tiled_nbytes(part: Part) -> int:
@@ -39,13 +43,25 @@ def tile(array: Tensor) -> Tensor:
     if missing:
         array = torch.cat([array, array.new_zeros(missing, *array.shape[1:])])
     tiles = array.unflatten(0, (-1, TILE_ROWS)).movedim(1, 2)
-    if array.ndim == 3:
-        tiles = tiles.unflatten(-1, (-1, WORD)).transpose(2, 3)
-    return tiles.contiguous()
+    if array.ndim == 2:
+        return tiles.contiguous()
+    if array.shape[2] % WORD == 0:
+        return tiles.unflatten(-1, (-1, WORD)).transpose(2, 3).contiguous()
+    return torch.cat([piece.flatten(2) for piece in tiles.split(_pieces(array.shape[2]), -1)], -1)
 
 
 def untile(tiles: Tensor, part: Part) -> Tensor:
     """What `tile` was given, with the shape of `part`."""
     if tiles.ndim == 5:
         tiles = tiles.transpose(2, 3).flatten(-2)
+    elif len(part.shape) == 3:
+        sizes = _pieces(part.shape[2])
+        pieces = tiles.split([TILE_ROWS * size for size in sizes], -1)
+        tiles = torch.cat([piece.unflatten(-1, (TILE_ROWS, -1)) for piece in pieces], -1)
     return tiles.movedim(2, 1).flatten(0, 1)[: part.shape[0]].contiguous()
+
+
+def _pieces(size: int) -> list[int]:
+    """Bytes of a row that lie together, where they are no whole number of words."""
+    rest = [piece for piece in (2, 1) if size % WORD & piece]
+    return [*[WORD] * (size // WORD), *rest]

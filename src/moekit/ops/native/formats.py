@@ -13,6 +13,7 @@ from moekit.ops.codecs.codec import Codec, Encoded
 from moekit.ops.codecs.groups import GroupCodec
 from moekit.ops.codecs.nested import NestedCodec
 from moekit.ops.codecs.plain import PlainCodec
+from moekit.ops.codecs.ternary import TernaryCodec
 from moekit.ops.codecs.tiles import tile, tiled_nbytes
 from moekit.ops.native.structures import (
     ACTIVATIONS,
@@ -21,6 +22,7 @@ from moekit.ops.native.structures import (
     F32,
     GROUPS,
     MAX_FIELDS,
+    TRITS,
     ExpertFormat,
     Field,
     Format,
@@ -30,6 +32,8 @@ KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 # For each plane of a matrix, array name -> bytes from the base at which it begins.
 Offsets = Sequence[Mapping[str, int]]
 ALIGN = 64
+# Entries of the table of a field.
+LUT = 32
 
 
 def plain_format(shape: tuple[int, int], dtype: torch.dtype, offset: int = 0) -> Format:
@@ -52,6 +56,8 @@ def matrix_format(codec: Codec, shape: tuple[int, int], offsets: Offsets) -> For
     elif isinstance(codec, BinaryCodec):
         size, at = packed_bytes(codec.group_size, 1), offsets[0]
         made = [_field(at["payload"], at["scale"], -1, size, 0, 1, (-1, 1))]
+    elif type(codec) is TernaryCodec:
+        made = _ternary_fields(codec, offsets[0])
     elif isinstance(codec, GroupCodec):
         made = _group_fields(codec, offsets[0])
     else:
@@ -90,6 +96,16 @@ def _group_fields(codec: GroupCodec, offsets: Mapping[str, int]) -> list[Field]:
     return made
 
 
+def _ternary_fields(codec: TernaryCodec, offsets: Mapping[str, int]) -> list[Field]:
+    """The codes once for each level, if there are two."""
+    levels = {"low": (1, 0, 0), "high": (0, 0, 1)} if codec.two_levels else {"scale": (-1, 0, 1)}
+    size = -(-codec.group_size // TRITS)
+    return [
+        _field(offsets["payload"], offsets[name], -1, size, 0, TRITS, values)
+        for name, values in levels.items()
+    ]
+
+
 def _field(
     codes: int,
     scale: int,
@@ -100,7 +116,7 @@ def _field(
     values: tuple[int, ...],
     shift: int = 0,
 ) -> Field:
-    table = torch.tensor(values, dtype=torch.bfloat16).repeat(32 // len(values))
+    table = torch.tensor(values, dtype=torch.bfloat16).repeat(-(-LUT // len(values)))[:LUT]
     made = Field(
         codes=codes, scale=scale, zero=zero, stride=stride, first=first, width=width, shift=shift
     )

@@ -63,6 +63,66 @@ INLINE void add_field(Sums<TOKENS, COUNT>& sums, const uint8_t* codes, const uin
     }
 }
 
+// Four bytes of codes of 16 rows, or the `left` that there are, from a strip of a tile on.
+INLINE __m512i load_codes(const uint8_t* at, int left, int strip) {
+    if (left >= 4) return _mm512_loadu_si512(at + strip * LINE);
+    const uint8_t* last = at + (left & 2) * TILE_ROWS + strip * STRIP;
+    const __m512i one = _mm512_cvtepu8_epi32(
+        left & 1 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(last)) : _mm_setzero_si128());
+    if (left == 1) return one;
+    const __m512i two = _mm512_cvtepu16_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + strip * STRIP * 2)));
+    return _mm512_or_si512(two, _mm512_slli_epi32(one, 16));
+}
+
+// The same for codes in base three. The table repeats with a period of three, so it takes what is
+// left of a digit's number when higher digits are still in it, up to 31.
+template <int TOKENS, int COUNT>
+INLINE void add_trits(Sums<TOKENS, COUNT>& sums, const uint8_t* codes, const uint32_t* pairs,
+                      int bytes, int strip, __m512i table) {
+    // 2**16 divided by the powers of three, rounded up: right for all bytes.
+    const __m512i thirds[4] = {_mm512_set1_epi16(21846), _mm512_set1_epi16(7282),
+                               _mm512_set1_epi16(2428), _mm512_set1_epi16(810)};
+    const __m512i three = _mm512_set1_epi16(3);
+    for (int byte = 0; byte < bytes; byte += 4, codes += STRIPS * LINE) {
+        __m512i words[COUNT];
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; ++i) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + i * LINE + PREFETCH_BYTES),
+                         _MM_HINT_T0);
+            words[i] = load_codes(codes, bytes - byte, strip + i);
+        }
+        for (int half = 0; half < 2; ++half) {
+            __m512i rest[COUNT], now[COUNT];
+#pragma GCC unroll 4
+            for (int i = 0; i < COUNT; ++i)
+                now[i] = rest[i] = half ? _mm512_srli_epi16(words[i], 8)
+                                        : _mm512_and_si512(words[i], _mm512_set1_epi16(255));
+#pragma GCC unroll 5
+            for (int place = 0; place < 5; ++place, pairs += TOKENS) {
+                __m512bh weights[COUNT];
+#pragma GCC unroll 4
+                for (int i = 0; i < COUNT; ++i) {
+                    __m512i digit = now[i];
+                    if (place < 4) now[i] = _mm512_mulhi_epu16(rest[i], thirds[place]);
+                    if (place < 2)
+                        digit = _mm512_sub_epi16(digit, _mm512_mullo_epi16(now[i], three));
+                    weights[i] =
+                        reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(digit, table));
+                }
+#pragma GCC unroll 12
+                for (int t = 0; t < TOKENS; ++t) {
+                    const __m512bh pair =
+                        reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pairs[t])));
+#pragma GCC unroll 4
+                    for (int i = 0; i < COUNT; ++i)
+                        sums.at[i][t] = _mm512_dpbf16_ps(sums.at[i][t], weights[i], pair);
+                }
+            }
+        }
+    }
+}
+
 template <int TOKENS, int COUNT>
 INLINE void clear(Sums<TOKENS, COUNT>& sums) {
 #pragma GCC unroll 4
@@ -75,14 +135,12 @@ INLINE void clear(Sums<TOKENS, COUNT>& sums) {
 template <int TOKENS, int COUNT>
 void multiply_strips(const Format& format, const uint8_t* base, int64_t tile, int strip,
                      const uint8_t* x, float* y, int64_t y_stride, int rows) {
-    const Streams streams(format);
-    const int groups = format.cols / format.group;
-    const int64_t stream_bytes = int64_t{2} * format.cols * TOKENS;
-    const float* group_sums = reinterpret_cast<const float*>(x + streams.count * stream_bytes);
-    const uint32_t* stream_of[MAX_FIELDS];
+    const Block block(format, TOKENS);
+    const int groups = block.groups;
+    const float* group_sums = reinterpret_cast<const float*>(x + block.sums());
+    int stream_of[MAX_FIELDS];
     for (int f = 0; f < format.num_fields; ++f)
-        stream_of[f] = reinterpret_cast<const uint32_t*>(
-            x + streams.find(format.fields[f].width) * stream_bytes);
+        stream_of[f] = block.streams.find(format.fields[f].width);
     Sums<TOKENS, COUNT> totals;
     clear(totals);
     for (int g = 0; g < groups; ++g) {
@@ -93,12 +151,17 @@ void multiply_strips(const Format& format, const uint8_t* base, int64_t tile, in
             clear(sums);
             do {
                 const Field& field = format.fields[f];
-                const uint8_t* codes = base + field.codes +
-                                       (at * field.stride + field.first) * TILE_ROWS + strip * LINE;
-                const uint32_t* pairs = stream_of[f] + int64_t{g} * (format.group / 2) * TOKENS;
-                const int dwords = format.group * field.width / 32;
+                const uint8_t* tile_codes =
+                    base + field.codes + (at * field.stride + field.first) * TILE_ROWS;
+                const uint8_t* codes = tile_codes + strip * LINE;
+                const uint32_t* pairs =
+                    reinterpret_cast<const uint32_t*>(x + block.pairs(stream_of[f], g));
+                const int bytes = code_bytes(format.group, field.width), dwords = bytes / 4;
                 const __m512i table = _mm512_loadu_si512(field.lut);
                 switch (field.width) {
+                    case TRITS:
+                        add_trits(sums, tile_codes, pairs, bytes, strip, table);
+                        break;
                     case 1:
                         add_field<1>(sums, codes, pairs, dwords, 0, table);
                         break;

@@ -11,31 +11,44 @@
 namespace moekit {
 namespace {
 
-// One token of a block for GROUPS. The codes of a field come as dwords of 4 bytes; a shift by s
-// leaves in the low bits of each half the codes of byte 4 q + s / 8 and of the byte two after it.
-inline void prepare_groups(const Format& format, const float* x, int n, int t, uint8_t* block) {
-    const Streams streams(format);
-    const int group = format.group, groups = format.cols / group;
-    const int64_t stream_bytes = int64_t{2} * format.cols * n;
-    float* sums = reinterpret_cast<float*>(block + streams.count * stream_bytes) + t;
-    uint16_t rounded[128];
-    for (int g = 0; g < groups; ++g, x += group) {
-        float sum = 0;
-        for (int i = 0; i < group; ++i) rounded[i] = to_bfloat16(x[i]);
-        for (int i = 0; i < group; ++i) sum += from_bfloat16(rounded[i]);
-        sums[int64_t{g} * n] = sum;
-        for (int s = 0; s < streams.count; ++s) {
-            const int width = streams.width[s], bytes = group * width / 8, lanes = 8 / width;
-            uint32_t* out = reinterpret_cast<uint32_t*>(block + s * stream_bytes) +
-                            int64_t{g} * (group / 2) * n + t;
-            for (int q = 0; q < bytes; q += 4, out += 2 * lanes * n) {
-                for (int lane = 0; lane < lanes; ++lane) {
-                    const uint16_t* at = rounded + lane * bytes + q;
-                    out[lane * n] = at[0] | static_cast<uint32_t>(at[2]) << 16;
-                    out[(lanes + lane) * n] = at[1] | static_cast<uint32_t>(at[3]) << 16;
-                }
+// Puts a group's columns, 16 bits each, into the streams of token t of a block. The codes of a field
+// come as dwords of 4 bytes: a pair are the columns at one place in byte j and in byte j + 2, first
+// all places of j, then those of the byte after it.
+inline void place_columns(const Block& at, int stream, int g, const uint16_t* columns, int t,
+                          uint8_t* block) {
+    const int group = at.streams.group, width = at.streams.width[stream];
+    const int bytes = code_bytes(group, width), codes = codes_in_byte(width);
+    uint32_t* out = reinterpret_cast<uint32_t*>(block + at.pairs(stream, g)) + t;
+    if (width != TRITS) {
+        for (int q = 0; q < bytes; q += 4, out += 2 * codes * at.n)
+            for (int lane = 0; lane < codes; ++lane) {
+                const uint16_t* from = columns + lane * bytes + q;
+                out[lane * at.n] = from[0] | static_cast<uint32_t>(from[2]) << 16;
+                out[(codes + lane) * at.n] = from[1] | static_cast<uint32_t>(from[3]) << 16;
             }
-        }
+        return;
+    }
+    const auto column = [&](int byte, int lane) -> uint32_t {
+        const int from = byte + lane * bytes;
+        return byte < bytes && from < group ? columns[from] : 0;
+    };
+    for (int q = 0; q < bytes; q += 4)
+        for (int j = q; j < q + 2; ++j)
+            for (int lane = 0; lane < codes; ++lane, out += at.n)
+                *out = column(j, lane) | column(j + 2, lane) << 16;
+}
+
+// One token of a block for GROUPS.
+inline void prepare_groups(const Format& format, const float* x, int n, int t, uint8_t* block) {
+    const Block at(format, n);
+    float* sums = reinterpret_cast<float*>(block + at.sums()) + t;
+    uint16_t rounded[MAX_GROUP];
+    for (int g = 0; g < at.groups; ++g, x += format.group) {
+        float sum = 0;
+        for (int i = 0; i < format.group; ++i) rounded[i] = to_bfloat16(x[i]);
+        for (int i = 0; i < format.group; ++i) sum += from_bfloat16(rounded[i]);
+        sums[int64_t{g} * n] = sum;
+        for (int s = 0; s < at.streams.count; ++s) place_columns(at, s, g, rounded, t, block);
     }
 }
 

@@ -13,10 +13,10 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 // How a matrix is stored. F32, BF16 and F16 are row-major; GROUPS are bit fields in tiles of
-// TILE_ROWS rows, rows padded to whole tiles: codes [tile, group, stride / 4, 64, 4] bytes,
-// scales float16 and zeros uint8 [tile, group, 64].
+// TILE_ROWS rows, rows padded to whole tiles: codes [tile, group, stride / 4, 64, 4] bytes, a rest
+// of stride % 4 bytes as [64, 2] and [64, 1], scales float16 and zeros uint8 [tile, group, 64].
 enum { KIND_F32 = 0, KIND_BF16 = 1, KIND_F16 = 2, KIND_GROUPS = 3 };
-enum { TILE_ROWS = 64, MAX_FIELDS = 8 };
+enum { TILE_ROWS = 64, MAX_FIELDS = 8, TRITS = 5 };
 
 // One bit field: adds scale * (lut[code] - zero) to each weight of its group. Byte j of the B bytes
 // that a field of `width` bits has in a group holds the codes of columns j, j + B, ... lowest bits
@@ -24,7 +24,8 @@ enum { TILE_ROWS = 64, MAX_FIELDS = 8 };
 typedef struct {
     int64_t codes, scale, zero;  // bytes from the base; zero is -1 where there is none
     int32_t stride, first;       // bytes of codes a row and group; where this field begins in them
-    int32_t width, shift;        // bits a column: 1, 2, 4 or 8; of 8 this is the nibble at `shift`
+    int32_t width, shift;        // bits a column: 1, 2, 4 or 8; of 8 this is the nibble at `shift`;
+                                 // TRITS: five columns a byte, in base three
     uint16_t lut[32];            // value of a code as bfloat16, repeated to 32 entries
 } Field;
 
@@ -68,8 +69,9 @@ int32_t pool_threads(const Pool*);
 void pool_run(Pool*, void (*work)(void* context, int32_t thread, int32_t threads), void* context);
 
 // y[t * y_stride + r] = sum over columns of W[r, c] * x[t * x_stride + c], for T tokens. Strides
-// count floats. x is rounded to bfloat16 except for KIND_F32 and KIND_F16; sums are float32. A
-// token's result does not depend on the other tokens, nor on the number of threads.
+// count floats. x is rounded to bfloat16 except for KIND_F32 and KIND_F16, and, with AVX2, for GROUPS,
+// where it is rounded to 16-bit integers in groups (`prepare_integers.h`); sums are float32. A token's
+// result does not depend on the other tokens, nor on the number of threads.
 typedef struct {
     const Format* format;
     const void* base;

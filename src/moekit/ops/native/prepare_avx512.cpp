@@ -3,13 +3,13 @@
 #include <immintrin.h>
 
 #include "avx512.h"
+#include "input.h"
 
 namespace moekit {
 namespace {
 
 constexpr int COLUMNS = 32;  // of a vector of bfloat16
 constexpr int PAIRS = 16;
-constexpr int MOST_COLUMNS = 128;  // of a group
 
 // Which of a group's pairs, in the order that `split` leaves them in, comes first, second, ... for a
 // field of this width.
@@ -35,28 +35,34 @@ inline __m512i split(__m512i columns) {
 }  // namespace
 
 void prepare_groups_avx512(const Format& format, const float* x, int n, int t, uint8_t* block) {
-    const Streams streams(format);
-    const int group = format.group, groups = format.cols / group, pairs = group / 2;
-    const int64_t stream_bytes = int64_t{2} * format.cols * n;
-    float* sums = reinterpret_cast<float*>(block + streams.count * stream_bytes) + t;
-    int32_t order[MAX_STREAMS][MOST_COLUMNS / 2];
-    for (int s = 0; s < streams.count; ++s) order_of_pairs(group, streams.width[s], order[s]);
+    const Block at(format, n);
+    const Streams& streams = at.streams;
+    const int group = format.group, pairs = group / 2;
+    float* sums = reinterpret_cast<float*>(block + at.sums()) + t;
+    int32_t order[MAX_STREAMS][MAX_GROUP / 2];
+    for (int s = 0; s < streams.count; ++s)
+        if (streams.width[s] != TRITS) order_of_pairs(group, streams.width[s], order[s]);
     const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
     const __m512i tokens = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         _mm512_set1_epi32(n));
-    alignas(64) int32_t now[MOST_COLUMNS / 2];
-    for (int g = 0; g < groups; ++g, x += group) {
+    alignas(64) int32_t now[MAX_GROUP / 2];
+    alignas(64) uint16_t unsplit[MAX_GROUP];
+    for (int g = 0; g < at.groups; ++g, x += group) {
         __m512 sum = _mm512_setzero_ps();
         for (int c = 0; c < group; c += COLUMNS) {
             const __m512i columns = rounded(x + c);
             sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(columns), ones);
+            _mm512_store_si512(unsplit + c, columns);
             _mm512_store_si512(now + c / 2, split(columns));
         }
         sums[int64_t{g} * n] = _mm512_reduce_add_ps(sum);
         for (int s = 0; s < streams.count; ++s) {
-            int32_t* out =
-                reinterpret_cast<int32_t*>(block + s * stream_bytes) + int64_t{g} * pairs * n + t;
+            if (streams.width[s] == TRITS) {
+                place_columns(at, s, g, unsplit, t, block);
+                continue;
+            }
+            int32_t* out = reinterpret_cast<int32_t*>(block + at.pairs(s, g)) + t;
             for (int p = 0; p < pairs; p += PAIRS, out += PAIRS * n) {
                 const __m512i from = _mm512_loadu_si512(order[s] + p);
                 const __m512i taken = _mm512_i32gather_epi32(from, now, sizeof(int32_t));

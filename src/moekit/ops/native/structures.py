@@ -7,6 +7,8 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_ui
 
 F32, BF16, F16, GROUPS = range(4)
 MAX_FIELDS = 8
+# The width of a field whose codes are in base three, five in a byte.
+TRITS = 5
 ACTIVATIONS = (
     "silu",
     "gelu",
