@@ -42,7 +42,8 @@ def compose(first: ExpertPlan, later: ExpertPlan) -> ExpertPlan:
             maps[index] = matrix
     note = "; ".join(part for part in (first.note, later.note) if part)
     values = {**first.tensors.values, **later.tensors.values}
-    tensors = PlanTensors(neurons, maps, values)
+    fit = (first if later.fit is None else later).tensors.fit
+    tensors = PlanTensors(neurons, maps, values, fit)
     return ExpertPlan(layers, model, note, routers, tensors, later.fit or first.fit)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _NEURONS = re.compile(r"neurons\.(\d+)\.(\d+)")
 _ROUTER = re.compile(r"router\.(\d+)")
 _VALUE = "value."
+_FIT = "fit."
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +29,17 @@ class PlanTensors:
     `neurons` maps (layer, expert) to int64 [n]: the neurons of the expert that stay, in this order;
     without it all F stay in their own. `router_maps` maps a layer to [r, E]: row i mixes the router
     rows of the E original experts into that of resulting expert i. `values` maps names of
-    parameters of the resulting model to their new values.
+    parameters of the resulting model to their new values. `fit` is what the method of the plan's
+    `fit` needs beside its options, by names of its own.
     """
 
     neurons: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
     router_maps: Mapping[int, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    fit: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.neurons or self.router_maps or self.values)
+        return bool(self.neurons or self.router_maps or self.values or self.fit)
 
     def named(self) -> dict[str, Tensor]:
         """Every tensor by its name in the file."""
@@ -44,6 +47,7 @@ class PlanTensors:
             **{f"neurons.{layer}.{e}": t for (layer, e), t in sorted(self.neurons.items())},
             **{f"router.{layer}": t for layer, t in sorted(self.router_maps.items())},
             **{f"{_VALUE}{name}": t for name, t in sorted(self.values.items())},
+            **{f"{_FIT}{name}": t for name, t in sorted(self.fit.items())},
         }
 
     def __eq__(self, other: object) -> bool:
@@ -77,7 +81,7 @@ class PlanTensors:
             raise UserError(f"{source} is no safetensors file: {error}.") from None
         neurons: dict[tuple[int, int], Any] = {}
         router_maps: dict[int, Any] = {}
-        values = {}
+        values, fit = {}, {}
         for name, tensor in tensors.items():
             if match := _NEURONS.fullmatch(name):
                 neurons[int(match[1]), int(match[2])] = tensor
@@ -85,6 +89,8 @@ class PlanTensors:
                 router_maps[int(match[1])] = tensor
             elif name.startswith(_VALUE):
                 values[name.removeprefix(_VALUE)] = tensor
+            elif name.startswith(_FIT):
+                fit[name.removeprefix(_FIT)] = tensor
             else:
                 raise UserError(f"{source} holds {name!r}, which is no value of a plan.")
-        return cls(neurons, router_maps, values)
+        return cls(neurons, router_maps, values, fit)
