@@ -19,8 +19,8 @@ from moekit.core.errors import UserError
 from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
 from moekit.runtime.readers import Load, Purpose, Readers
-from moekit.runtime.residency import Residency, record_sizes
-from moekit.runtime.slots import Slot
+from moekit.runtime.residency import NewSlots, Residency, record_sizes
+from moekit.runtime.slots import Slot, SlotMemory
 from moekit.runtime.store import ExpertStore
 
 # Reads in flight: two keep a disk busy while one of them is being checked.
@@ -33,7 +33,7 @@ class ExpertCache:
     `policy` decides who stays, by name or as a score; one that ranks by profile needs `profile`
     [L, E]. Slots are shared by all layers unless `per_layer`. `table` [L, E] holds the address of
     the record of each expert (all its planes, one after the other) or 0; an address is good while a
-    claim holds the expert. `readers` threads read in the background.
+    claim holds the expert. `readers` threads read in the background, into what `new_slots` makes.
 
     One thread computes: `begin`, `hint` and claims are for it alone. Raises UserError where the
     memory holds no expert.
@@ -48,6 +48,7 @@ class ExpertCache:
         per_layer: bool = False,
         readers: int = READERS,
         profile: ArrayLike | None = None,
+        new_slots: NewSlots = SlotMemory,
     ) -> None:
         self.store, self.nbytes, self.stats = store, nbytes, CacheStats()
         sizes = record_sizes(store)
@@ -55,7 +56,9 @@ class ExpertCache:
         if ranks is not None and ranks.shape != sizes.shape:
             raise UserError(f"a profile of shape {ranks.shape} does not fit experts {sizes.shape}")
         self.score = policy if isinstance(policy, CacheScore) else _online(policy)
-        self._residency = Residency(sizes, nbytes, self.score, per_layer=per_layer, profile=ranks)
+        self._residency = Residency(
+            sizes, nbytes, self.score, per_layer=per_layer, profile=ranks, new_slots=new_slots
+        )
         self._experts = sizes.shape[1]
         self.table: NDArray[np.uint64] = self._residency.table.reshape(sizes.shape)
         self._flat = self._residency.table
@@ -106,6 +109,14 @@ class ExpertCache:
                 self._hints_wait = False
                 self._readers.wake()
             return claim
+
+    def hold(self, layer: int, experts: Sequence[int]) -> Claim:
+        """Claim those of the experts that are in memory, `ready`, without counting it as a use."""
+        with self._lock:
+            self._check_open()
+            held = [e for e in experts if self.table[layer, e]]
+            numbers = np.asarray(held, dtype=np.intp) + layer * self._experts
+            return self._claim(layer, numbers, held, "preload")
 
     def hint(self, layer: int, experts: Sequence[int], *, wait: bool = False) -> None:
         """These experts, likeliest first, will probably be used by `layer`'s next step.

@@ -6,17 +6,19 @@ An expert has one number over all layers, layer * E + expert. Shapes: L layers, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moekit.core.cache_score import CacheScore, ScoreState
 from moekit.core.errors import UserError
-from moekit.runtime.slots import Slot, SlotMemory
+from moekit.runtime.slots import Slot, SlotMemory, Slots
 from moekit.runtime.store import ExpertStore
 
 Numbers = NDArray[np.intp]
+# (limit in bytes, how many records there are of each size) -> slots.
+NewSlots = Callable[[int, Mapping[int, int]], Slots]
 
 
 class Pool:
@@ -29,6 +31,7 @@ class Pool:
         limit: int,
         score: CacheScore,
         profile: NDArray[np.float64] | None,
+        new_slots: NewSlots,
     ) -> None:
         experts = sizes.shape[1]
         self.layers = layers
@@ -43,7 +46,7 @@ class Pool:
                 f"an expert of {of} takes {largest} bytes; the {limit} bytes of the expert cache "
                 "for it hold none. Give it more memory."
             )
-        self.memory = SlotMemory(limit, counted)
+        self.memory = new_slots(limit, counted)
         ranks = None if profile is None else profile[layers.start : layers.stop].reshape(1, -1)
         self.scores = ScoreState(score, 1, self.last - self.first, ranks, layers=len(layers))
 
@@ -53,8 +56,9 @@ class Residency:
 
     `sizes` [L, E] are the bytes of the records, 0 where a layer has no such expert. With
     `per_layer` every layer has its share of the `nbytes` for itself, in proportion to the bytes of
-    its experts. `table` [L * E] holds the address of a record or 0. `pins` counts who computes with
-    an expert; it is not evicted before that is 0. `guarded` ones are wanted soon, and go last.
+    its experts; `new_slots` makes the memory of each share. `table` [L * E] holds the address of a
+    record or 0. `pins` counts who computes with an expert; it is not evicted before that is 0.
+    `guarded` ones are wanted soon, and go last.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Residency:
         *,
         per_layer: bool = False,
         profile: NDArray[np.float64] | None = None,
+        new_slots: NewSlots = SlotMemory,
     ) -> None:
         count, self.experts = sizes.shape
         self.sizes = sizes.reshape(-1)
@@ -73,7 +78,7 @@ class Residency:
         self.pools = []
         for part in parts:
             share = nbytes if len(parts) == 1 else nbytes * int(sizes[part].sum()) // total
-            self.pools.append(Pool(sizes, part, share, score, profile))
+            self.pools.append(Pool(sizes, part, share, score, profile, new_slots))
         self._pool_of = [pool for pool in self.pools for _ in pool.layers]
         self.table = np.zeros(count * self.experts, dtype=np.uint64)
         self.pins = np.zeros(count * self.experts, dtype=np.int32)

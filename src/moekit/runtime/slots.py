@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,17 @@ from moekit.core.errors import UserError
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
+class Holder(Protocol):
+    """What slots are parts of."""
+
+    memory: Tensor
+
+
 @dataclass(eq=False, slots=True)
 class Slot:
     """Room for one record: bytes [size] from `address` on, a multiple of the page size."""
 
-    slab: _Slab
+    slab: Holder
     offset: int
     size: int
     address: int
@@ -27,6 +34,19 @@ class Slot:
     def view(self) -> Tensor:
         """The memory itself, bytes [size]."""
         return self.slab.memory[self.offset : self.offset + self.size]
+
+
+class Slots(Protocol):
+    """Gives out slots of at most `limit` bytes together, of which it holds `held`."""
+
+    limit: int
+    held: int
+
+    def take(self, size: int) -> Slot | None:
+        """A slot for a record of `size` bytes, or None while there is no room."""
+
+    def give(self, slot: Slot) -> None:
+        """Take back a slot whose record is no longer needed."""
 
 
 class SlotMemory:
@@ -63,6 +83,7 @@ class SlotMemory:
 
     def give(self, slot: Slot) -> None:
         """Take back a slot whose record is no longer needed."""
+        assert isinstance(slot.slab, _Slab)
         slot.slab.kept.append(slot)
 
     def _shed(self, needed: int) -> None:

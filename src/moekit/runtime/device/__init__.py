@@ -1,0 +1,1 @@
+"""Experts in the memory of a GPU, above those in RAM and on disk."""
