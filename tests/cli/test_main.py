@@ -9,16 +9,20 @@ import pytest
 
 from moekit.cli import errors
 from moekit.cli.common import check_out, output, table_lines
+from moekit.cli.compress import VERBS as COMPRESS_VERBS
+from moekit.cli.lazy import command_of, load_verb
 from moekit.cli.main import VERBS, load_command, load_function
 from moekit.core.errors import UserError
 
 from .conftest import start
 
+GROUPS = {"compress": COMPRESS_VERBS}
 HEAVY = {"torch", "transformers", "rich", "numpy"}
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["list"], ["list", "--kind", "measure"], ["show", "-h"]]
+    "args",
+    [["--help"], ["list"], ["list", "--kind", "measure"], ["show", "-h"], ["compress", "-h"]],
 )
 def test_help_and_list_import_nothing_heavy(args):
     """What keeps them under 0.3 s, without a clock that a busy machine would upset."""
@@ -41,12 +45,28 @@ def test_help_shows_every_verb(moekit):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb(verb, moekit):
     """Its help line is its docstring's first; it has --json and --seed; its help works."""
+    if verb in GROUPS:
+        done = moekit(verb, "--help")
+        assert VERBS[verb][1] in done.out
+        return
     assert load_function(verb).__doc__.splitlines()[0] == VERBS[verb][1]
     options = {name for parameter in load_command(verb).params for name in parameter.opts}
     assert {"--json", "--seed"} <= options
     done = moekit(verb, "--help")
     assert done.code == 0
     assert VERBS[verb][1] in done.out
+
+
+@pytest.mark.parametrize(
+    ("group", "verb"), [(group, verb) for group, table in GROUPS.items() for verb in table]
+)
+def test_every_verb_of_a_group(group, verb, moekit):
+    line = GROUPS[group][verb][1]
+    assert load_verb(GROUPS[group], verb).__doc__.splitlines()[0] == line
+    options = {n for parameter in command_of(GROUPS[group], verb).params for n in parameter.opts}
+    assert {"--json", "--seed"} <= options
+    assert line in moekit(group, "--help").out
+    assert line in moekit(group, verb, "--help").out
 
 
 def test_version(moekit):

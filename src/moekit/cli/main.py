@@ -1,18 +1,16 @@
-"""The `moekit` command: a group that imports a verb's module only when that verb is asked for."""
+"""The `moekit` command."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import io
 import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from moekit import __version__
-from moekit.cli.errors import UsageError, reporting_errors
+from moekit.cli.errors import reporting_errors
+from moekit.cli.lazy import LazyGroup, command_of, load_verb
 
 # verb: (module:function, line for `moekit --help`). A test holds the line against the docstring.
 VERBS = {
@@ -29,6 +27,7 @@ VERBS = {
         "Set results side by side: size against loss.",
     ),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
+    "compress": ("moekit.cli.compress:app", "Make a model smaller, by a plan for its experts."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
     "list": ("moekit.cli.list:list_methods", "List the methods moekit has."),
     "show": ("moekit.cli.show:show", "Show one method: paper, needs, options, limits."),
@@ -36,41 +35,19 @@ VERBS = {
 
 
 def load_function(verb: str) -> Any:
-    """The function of a verb; imports its module."""
-    module, _, function = VERBS[verb][0].partition(":")
-    return getattr(importlib.import_module(module), function)
+    """The function of a verb, or its app of verbs; imports its module."""
+    return load_verb(VERBS, verb)
 
 
 def load_command(verb: str) -> Any:
-    """The typer command of a verb; imports its module."""
-    # Plain help text: rich would cost more start-up time than everything else together.
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(verb)(load_function(verb))
-    return typer.main.get_command(app)
+    """The command of a verb; imports its module."""
+    return command_of(VERBS, verb)
 
 
-class LazyGroup(TyperGroup):
-    """A group whose commands are rows of VERBS until they are run.
+class MainGroup(LazyGroup):
+    """The verbs of moekit, with errors reported as lines instead of tracebacks."""
 
-    Contexts are click's, which typer exports under no public name.
-    """
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return load_command(cmd_name) if cmd_name in VERBS else None
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
-            raise UsageError(f"no verb {args[0]!r}: {hint}", ctx)
-        return super().resolve_command(ctx, args)
+    table = VERBS
 
     def invoke(self, ctx: Any) -> Any:
         # Inside, because typer itself turns Ctrl-C into a silent exit.
@@ -86,7 +63,7 @@ def _print_version(asked: bool) -> None:
 
 app = typer.Typer(
     name="moekit",
-    cls=LazyGroup,
+    cls=MainGroup,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -29,8 +29,8 @@ from moekit.cli.common import (
     progress,
     set_up,
 )
-from moekit.cli.sequences import sequence_length, sequences
 from moekit.core.errors import UserError
+from moekit.evaluate.sequences import sequence_length, sequences
 
 if TYPE_CHECKING:
     from moekit.core.collect import Batch

@@ -184,7 +184,7 @@ def _run(
     seed: int,
 ) -> dict[str, Any]:
     """Trace and profile the model in one pass, and measure its loss on some of the text."""
-    from moekit.cli.sequences import sequence_length, sequences
+    from moekit.evaluate.sequences import sequence_length, sequences
     from moekit.evaluate.text import read_texts
 
     assert subject.source is not None

@@ -25,7 +25,7 @@ from moekit.cli.common import (
     output,
     progress,
 )
-from moekit.cli.sequences import sequence_length, sequences
+from moekit.evaluate.sequences import sequence_length, sequences
 
 if TYPE_CHECKING:
     from moekit.core.collect import Batch, Sink

@@ -5,7 +5,6 @@ Shapes: D width, F expert width, n neurons of an expert that stay.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -96,11 +95,19 @@ def fold(members: Mapping[int, float], read: Read) -> ExpertWeights:
             scaled = part.float() * weight
             total[name] = scaled if name not in total else total[name].add_(scaled)
     rounded = {name: part.to(dtypes[name]) for name, part in total.items()}
-    return ExpertWeights(**{**_absent(), **rounded})
+    return expert_of(rounded)
 
 
-def _absent() -> dict[str, None]:
-    return dict.fromkeys(f.name for f in dataclasses.fields(ExpertWeights))
+def expert_of(parts: Mapping[str, Tensor]) -> ExpertWeights:
+    """The expert with these parts by name; what is not there is None."""
+    return ExpertWeights(
+        parts.get("gate"),
+        parts.get("up"),
+        parts["down"],
+        parts.get("gate_bias"),
+        parts.get("up_bias"),
+        parts.get("down_bias"),
+    )
 
 
 def select_neurons(expert: ExpertWeights, order: Tensor) -> ExpertWeights:
@@ -109,7 +116,7 @@ def select_neurons(expert: ExpertWeights, order: Tensor) -> ExpertWeights:
         name: part.index_select(NEURON_AXIS[name], order) if name in NEURON_AXIS else part
         for name, part in expert.tensors().items()
     }
-    return ExpertWeights(**{**_absent(), **parts})
+    return expert_of(parts)
 
 
 def pad_width(expert: ExpertWeights, width: int) -> ExpertWeights:
@@ -122,7 +129,7 @@ def pad_width(expert: ExpertWeights, width: int) -> ExpertWeights:
             missing[axis] = width - part.shape[axis]
             part = torch.cat([part, part.new_zeros(missing)], dim=axis)
         parts[name] = part
-    return ExpertWeights(**{**_absent(), **parts})
+    return expert_of(parts)
 
 
 def truncate_rank(expert: ExpertWeights, rank: int) -> ExpertWeights:
@@ -134,7 +141,7 @@ def truncate_rank(expert: ExpertWeights, rank: int) -> ExpertWeights:
             left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
             low = (left[:, :rank] * values[:rank]) @ right[:rank]
             parts[name] = low.to(matrix.dtype)
-    return ExpertWeights(**{**_absent(), **parts})
+    return expert_of(parts)
 
 
 def encode_expert(expert: ExpertWeights, codec: Codec) -> EncodedExpert:
@@ -152,7 +159,7 @@ def decode_expert(expert: ExpertWeights | EncodedExpert, dtype: torch.dtype) -> 
     else:
         decoded = {n: expert.codec.decode(m).to(dtype) for n, m in expert.matrices.items()}
         parts = {**decoded, **expert.vectors}
-    return ExpertWeights(**{**_absent(), **parts})
+    return expert_of(parts)
 
 
 def width_of(expert: ExpertWeights) -> int:

@@ -30,7 +30,7 @@ def compose(first: ExpertPlan, later: ExpertPlan) -> ExpertPlan:
         model = later.model
     indices = sorted({*_layers(first), *_layers(later)})
     layers = {index: _compose_layer(index, first, later) for index in indices}
-    neurons = {}
+    neurons: dict[tuple[int, int], Tensor] = {}
     for index in indices:
         neurons |= _compose_neurons(index, first, later)
     routers, maps = {}, {}

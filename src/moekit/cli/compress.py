@@ -1,0 +1,37 @@
+"""`moekit compress`: the verbs that make a plan for a model's experts and apply it."""
+
+from __future__ import annotations
+
+import typer
+
+from moekit.cli.lazy import LazyGroup
+
+# verb -> (module:function, line for `moekit compress --help`).
+VERBS = {
+    "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
+}
+
+
+class CompressGroup(LazyGroup):
+    """The verbs of `moekit compress`."""
+
+    table = VERBS
+
+
+app = typer.Typer(
+    name="compress",
+    cls=CompressGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def compress() -> None:
+    """Make a model smaller, by a plan for its experts.
+
+    Every verb makes a plan from statistics of the model (moekit profile, or --data here), and
+    writes the model that the plan leaves. --plan-only stops at the plan, a JSON file to read, edit
+    and apply with moekit convert --plan.
+    """
