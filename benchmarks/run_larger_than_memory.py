@@ -30,7 +30,7 @@ from moekit.core.record import start_record
 from moekit.core.replay import replay
 from moekit.evaluate.text import read_texts
 from moekit.export.gguf import convert_gguf
-from moekit.runtime.disk_speed import disk_bandwidth
+from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.store import ExpertStore
 
 RESULT = Path(__file__).parent / "results" / "run_larger_than_memory.json"
@@ -139,7 +139,7 @@ def measure(
 ) -> dict[str, Any]:
     with ExpertStore.open(packed) as store:
         everything, layers, record = store.expert_bytes, store.layers, store.nbytes(0, 0)
-        bandwidth = disk_bandwidth(store, 2.0)
+        bandwidth = disk_speed(store, 2.0).bandwidth
     options = ("--no-prefetch", "--record-routing")
     whole = run_moekit(packed, everything, documents, *options, warm=True)
     routing = whole.pop("routing")

@@ -66,7 +66,16 @@ def all_logits(engine):
     return torch.cat(parts)
 
 
-POLICIES = ["lru", "lfu", "lfu-aged", "edgemoe", "shallow-first", "refreshed-set"]
+POLICIES = [
+    "mrs",
+    "mrs:near=3,half_life=4",
+    "lru",
+    "lfu",
+    "lfu-aged",
+    "edgemoe",
+    "shallow-first",
+    "refreshed-set",
+]
 
 
 @pytest.mark.parametrize("runner", ["graph", "native"])
@@ -95,6 +104,8 @@ def test_logits_do_not_depend_on_what_is_in_memory(tmp_path, monkeypatch, runner
                     expert_cache=nbytes,
                     policy=policy,
                     prefetch=prefetch,
+                    predictor="next-gate",
+                    slots_per_layer=nbytes == size - 1,
                 ) as engine:
                     assert torch.equal(all_logits(engine), expected), (policy, nbytes, prefetch)
                     assert engine.cache.stats.peak_bytes <= nbytes

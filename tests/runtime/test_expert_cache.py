@@ -72,8 +72,8 @@ def test_decisions_are_those_of_the_simulator(name, per_layer):
                 cache.preload(profile)
             found = np.zeros(LAYERS, dtype=int)
             for step, layer in itertools.product(range(len(ids)), range(LAYERS)):
-                gains = (near[step, layer], amounts[step, layer])
-                found[layer] += len(serve(cache, layer, ids[step, layer], gains=gains))
+                cache.scored(layer, near[step, layer], amounts[step, layer])
+                found[layer] += len(serve(cache, layer, ids[step, layer]))
             assert (found if per_layer else found.sum(keepdims=True)).tolist() == expected.tolist()
             assert cache.stats.hits == expected.sum()
             assert cache.stats.misses == ids.size - expected.sum() == cache.stats.demand_reads

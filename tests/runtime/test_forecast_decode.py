@@ -6,7 +6,7 @@ import moekit
 from moekit.core.errors import UserError
 from moekit.core.pack import pack
 from moekit.runtime import forecast_decode
-from moekit.runtime.disk_speed import disk_bandwidth, file_bandwidth
+from moekit.runtime.disk_speed import DiskSpeed, disk_speed, file_speed
 from moekit.runtime.forecast_decode import memory_bandwidth, plan_decode
 from moekit.runtime.store import ExpertStore
 from tests.models import tiny_config, write_tiny_model
@@ -28,8 +28,8 @@ def packed(tiny):
 @pytest.fixture
 def machine(monkeypatch):
     monkeypatch.setattr(forecast_decode, "memory_bandwidth", lambda threads, nbytes: MEMORY)
-    monkeypatch.setattr(forecast_decode, "disk_bandwidth", lambda store: DISK)
-    monkeypatch.setattr(forecast_decode, "file_bandwidth", lambda path: DISK)
+    monkeypatch.setattr(forecast_decode, "disk_speed", lambda store: DiskSpeed(DISK))
+    monkeypatch.setattr(forecast_decode, "file_speed", lambda path: DiskSpeed(DISK))
 
 
 def test_bytes_are_those_of_the_store(packed, machine):
@@ -102,5 +102,7 @@ def test_tied_embedding_is_read_as_the_head(tmp_path, machine):
 def test_bandwidths_are_measured(packed):
     assert 1e7 < memory_bandwidth(1, 2**20, seconds=0.01) < 1e13
     with ExpertStore.open(packed) as store:
-        assert 1e4 < disk_bandwidth(store, 0.01) < 1e12
-    assert 1e3 < file_bandwidth(packed / "experts.safetensors", 0.01) < 1e12
+        found = disk_speed(store, 0.01)
+    assert 1e4 < found.bandwidth < 1e12
+    assert 0 <= found.latency < 10
+    assert 1e3 < file_speed(packed / "experts.safetensors", 0.01).bandwidth < 1e12

@@ -34,16 +34,25 @@ def test_in_memory_is_bytes_over_bandwidth():
     assert found.bound == "memory"
 
 
-def test_misses_wait_for_the_disk_unless_they_were_read_ahead():
+def test_misses_are_read_while_what_is_there_is_computed():
     machine = Machine(memory_bandwidth=3.6e9, disk_bandwidth=1e9)
     cold = decode_roofline(LOAD, machine, hit_rate=0.25)
     assert cold.disk_seconds == pytest.approx(0.6)
-    assert cold.step_seconds == pytest.approx(1.1)
+    # 0.5 s of memory, of which the experts that are there take 0.2 / 3.6.
+    assert cold.step_seconds == pytest.approx(1.1 - 0.2 / 3.6)
     assert cold.bound == "disk"
     ahead = decode_roofline(LOAD, machine, hit_rate=0.25, overlap=1.0)
     assert ahead.step_seconds == pytest.approx(0.6)
     half = decode_roofline(LOAD, machine, hit_rate=0.25, overlap=0.5)
     assert half.step_seconds == pytest.approx(0.85)
+
+
+def test_a_layer_waits_once_for_the_disk_to_begin():
+    machine = Machine(memory_bandwidth=1e12, disk_bandwidth=1e12, disk_latency=1e-3)
+    none = decode_roofline(LOAD, machine, hit_rate=1.0)
+    assert none.disk_seconds == 0
+    some = decode_roofline(LOAD, machine, hit_rate=0.9)
+    assert some.disk_seconds == pytest.approx(10 * (1 - 0.9**8) * 1e-3, rel=0.02)
 
 
 def test_computing_and_fixed_time_bind_too():

@@ -36,10 +36,33 @@ ResidentCodecOption = Annotated[
     str | None, typer.Option(help="Also encode what is not an expert, such as attention; lossy.")
 ]
 PolicyOption = Annotated[
-    str | None, typer.Option(help="Which experts stay in memory (moekit list --kind policy).")
+    str | None,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="Which experts stay in memory (moekit list --kind policy).",
+    ),
 ]
 PredictorOption = Annotated[
-    str | None, typer.Option(help="What is read ahead (moekit list --kind predictor).")
+    str | None,
+    typer.Option(
+        metavar="NAME[:OPTION=VALUE,...]|DIR",
+        help="What is read ahead (moekit list --kind predictor), or a saved predictor.",
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TRACE",
+        help="Routing of the model (moekit trace) that a predictor, the policy hot-set and the "
+        "forecast learn from.",
+    ),
+]
+SlotsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--slots-per-layer/--shared-slots",
+        help="Whether every layer has expert slots of its own; shared by default.",
+    ),
 ]
 PrefetchOption = Annotated[
     bool | None, typer.Option("--prefetch/--no-prefetch", help="Whether to read experts ahead.")

@@ -35,6 +35,8 @@ from moekit.cli.engine import (
     ResidentCodecOption,
     RunnerName,
     RunnerOption,
+    SlotsOption,
+    TraceOption,
     engine_options,
     needs_engine,
 )
@@ -91,6 +93,8 @@ def run(
     policy: PolicyOption = None,
     predictor: PredictorOption = None,
     prefetch: PrefetchOption = None,
+    trace: TraceOption = None,
+    slots_per_layer: SlotsOption = None,
     max_context: MaxContextOption = None,
     runner: RunnerOption = RunnerName.auto,
     dtype: DtypeOption = Dtype.auto,
@@ -109,6 +113,8 @@ def run(
         policy=policy,
         predictor=predictor,
         prefetch=prefetch,
+        trace=trace,
+        slots_per_layer=slots_per_layer,
         max_context=max_context,
         runner=runner,
     )

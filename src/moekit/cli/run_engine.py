@@ -113,7 +113,7 @@ def _plan(model: str, options: dict[str, Any], threads: int | None) -> DecodePla
     from moekit.core.memory import bytes_of
     from moekit.runtime.forecast_decode import plan_decode
 
-    names = ("codec", "resident_codec", "runner", "max_context")
+    names = ("codec", "resident_codec", "runner", "max_context", "policy", "trace")
     memory, cache = options.get("memory", "auto"), options.get("expert_cache")
     return plan_decode(
         find_model(model),

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moekit.core.errors import UserError
-from moekit.core.registry import register_preset, registry
+from moekit.core.method_text import parse_method
+from moekit.core.registry import Option, register_preset, registry
 
 # A score is primary * CLOCK + time of last use: exact in float64 up to 8e6 uses and 1e9 accesses.
 CLOCK = 2.0**30
@@ -177,106 +178,115 @@ def _offsets(score: CacheScore, num_experts: int, layers: int) -> NDArray[np.flo
     return added
 
 
-def policy(name: str) -> CacheScore:
-    """The score of a registered cache policy; UserError with the nearest names if there is none."""
-    return registry.find(name, kind="policy").load()()
+def policy(text: str) -> CacheScore:
+    """The score of a registered cache policy, as "mrs" or with options, "mrs:near=3".
+
+    Raises UserError with the nearest names if there is none, and for options it does not have.
+    """
+    name, options = parse_method(text)
+    found = registry.find(name, kind="policy")
+    known = [option.name for option in found.options]
+    for option, value in options.items():
+        # A policy of another package says itself what it takes.
+        if option not in known and found.target == _TARGET:
+            raise UserError(
+                f"policy {name} has no option {option!r}; it has {', '.join(known) or 'none'}"
+            )
+        if not isinstance(value, int | float):
+            raise UserError(f"policy {name}: {option}={value!r} is no number")
+    try:
+        return found.load()(**options)
+    except TypeError as error:
+        raise UserError(f"policy {name}: {error}") from None
 
 
-register_preset(
-    CacheScore,
+_TARGET = f"{CacheScore.__module__}:{CacheScore.__qualname__}"
+_OPTIONS = {
+    "half_life": "tokens after which a use counts half",
+    "near": "router scores count, of the best so many times top_k experts of a token",
+    "refresh": "tokens between two renewals of the set",
+    "hysteresis": "relative change of a count that is taken over at a renewal",
+    "shallow": "share of the layers, from the first on, whose experts stay",
+}
+
+
+def _preset(name: str, *options: str, settings: dict[str, Any], **fields: Any) -> None:
+    register_preset(
+        CacheScore,
+        name,
+        kind="policy",
+        needs=("trace",),
+        lossless=True,
+        settings=settings,
+        options=tuple(Option(o, "float", _OPTIONS[o], settings[o]) for o in options),
+        **fields,
+    )
+
+
+_preset(
     "lru",
-    kind="policy",
     title="Evict the least recently used expert",
-    needs=("trace",),
-    lossless=True,
     settings={},
 )
-register_preset(
-    CacheScore,
+_preset(
     "lfu",
-    kind="policy",
     title="Evict the least frequently used expert",
-    needs=("trace",),
-    lossless=True,
     settings={"frequency": True},
 )
-register_preset(
-    CacheScore,
+_preset(
     "lfu-aged",
-    kind="policy",
+    "half_life",
     title="Evict the least frequently used expert, uses halving in worth every 128 tokens",
-    needs=("trace",),
-    lossless=True,
     settings={"frequency": True, "half_life": 128.0},
 )
-register_preset(
-    CacheScore,
+_preset(
     "mrs",
-    kind="policy",
+    "half_life",
+    "near",
     title="Evict the expert of the lowest recent router score (minus recent score)",
     paper="HybriMoE 2504.05897",
-    needs=("trace",),
-    lossless=True,
     limits="Where no router scores are given a use counts 1.",
     settings={"frequency": True, "half_life": 1.0, "near": 2.0},
 )
-register_preset(
-    CacheScore,
+_preset(
     "shallow-first",
-    kind="policy",
+    "shallow",
     title="Keep the experts of the first eighth of the layers, evict the others by last use",
     paper="Fate 2502.12224",
-    needs=("trace",),
-    lossless=True,
     limits="For slots that layers share. Least recently used instead of the paper's ARC.",
     settings={"shallow": 0.125},
 )
-register_preset(
-    CacheScore,
+_preset(
     "edgemoe",
-    kind="policy",
+    "half_life",
     title="Evict by frequency over the number of layers until the expert's next turn",
     paper="EdgeMoE 2308.14352",
-    needs=("trace",),
-    lossless=True,
     limits="For slots that layers share. The formula is inferred from the description.",
     settings={"frequency": True, "half_life": 128.0, "distance": True},
 )
-register_preset(
-    CacheScore,
+_preset(
     "refreshed-set",
-    kind="policy",
+    "half_life",
+    "refresh",
+    "hysteresis",
     title="A hot set learned from running counts, renewed every 128 tokens with hysteresis",
-    needs=("trace",),
-    lossless=True,
     settings={"frequency": True, "half_life": 512.0, "refresh": 128, "hysteresis": 0.25},
 )
-register_preset(
-    CacheScore,
+_preset(
     "auto",
-    kind="policy",
+    "half_life",
     title="The default: frequency, halving every 32 tokens, over layers until the next turn",
-    needs=("trace",),
-    lossless=True,
     settings={"frequency": True, "half_life": 32.0, "distance": True},
 )
-register_preset(
-    CacheScore,
+_preset(
     "hot-set",
-    kind="policy",
     title="Keep the experts that a profile used most; others leave first",
-    needs=("trace",),
-    lossless=True,
     limits="As good as the profile resembles the traffic.",
     settings={"profile": True},
 )
-register_preset(
-    CacheScore,
+_preset(
     "belady",
-    kind="policy",
     title="Belady's optimum: evict the expert whose next use is furthest",
-    needs=("trace",),
-    lossless=True,
     limits="Knows the future: for simulation only.",
     settings={"future": "next use"},
 )

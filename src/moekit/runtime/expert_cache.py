@@ -35,8 +35,8 @@ class ExpertCache:
     the record of each expert (all its planes, one after the other) or 0; an address is good while a
     claim holds the expert. `readers` threads read in the background, into what `new_slots` makes.
 
-    One thread computes: `begin`, `hint` and claims are for it alone. Raises UserError where the
-    memory holds no expert.
+    One thread computes: `begin`, `scored`, `hint` and claims are for it alone. Raises UserError
+    where the memory holds no expert.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class ExpertCache:
         # By layer, what is hinted and not read yet, likeliest last.
         self._hints: dict[int, list[int]] = {}
         self._hints_wait = False
+        self._gains: dict[int, tuple[NDArray[np.intp], NDArray[np.float64]]] = {}
         self._guarding: set[int] = set()
         self._unused: set[int] = set()
         self._layer = 0
@@ -84,23 +85,21 @@ class ExpertCache:
         *,
         tokens: int = 1,
         counts: ArrayLike | None = None,
-        gains: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> Claim:
         """Claim experts of a layer, all different: those in memory stay, the others are read.
 
         `tokens` is how many tokens go through the layer, `counts` how many of them use each
-        expert (1 by default). `gains` are the experts [G] and router scores [G] that a policy of
-        recent scores learns from.
+        expert (1 by default).
         """
         numbers = np.asarray(experts, dtype=np.intp).reshape(-1)
         held: list[int] = numbers.tolist()
         first = layer * self._experts
         numbers = numbers + first
         amounts = None if counts is None else np.asarray(counts, dtype=np.float64)
-        scores = None if gains is None else (np.asarray(gains[0]), np.asarray(gains[1]))
         with self._lock:
             self._check_open()
-            self._residency.use(layer, numbers, tokens, amounts, scores)
+            gains = self._gains.pop(layer, None)
+            self._residency.use(layer, numbers, tokens, amounts, gains)
             self._layer = layer
             if layer in self._guarding:
                 self._forget_hint(layer)
@@ -109,6 +108,12 @@ class ExpertCache:
                 self._hints_wait = False
                 self._readers.wake()
             return claim
+
+    def scored(self, layer: int, experts: ArrayLike, scores: ArrayLike) -> None:
+        """The router's scores [G] of experts [G] of the layer that begins next: what a policy of
+        recent scores learns from in place of uses."""
+        gains = np.asarray(experts, dtype=np.intp), np.asarray(scores, dtype=np.float64)
+        self._gains[layer] = gains
 
     def hold(self, layer: int, experts: Sequence[int]) -> Claim:
         """Claim those of the experts that are in memory, `ready`, without counting it as a use."""

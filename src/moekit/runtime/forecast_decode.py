@@ -1,7 +1,7 @@
 """Tokens a second before anything is loaded: this machine's bandwidths, the model's bytes.
 
-The roofline itself is `perf_model`. One sequence, routing as uniform as it could be unless a hit
-rate is given: real routing repeats itself, so it is faster.
+The roofline itself is `perf_model`. One sequence. Without a trace of the model's routing it is
+taken to be as uniform as it could be; real routing repeats itself, so it is faster.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from moekit.core.architecture import read_config
+from moekit.core.cache_score import policy as score_of
 from moekit.core.machine import available_memory, charged_memory
 from moekit.core.memory import part_bytes
 from moekit.core.packed import PACKED_FILE
@@ -27,26 +28,26 @@ from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
 from moekit.runtime.choose import choose_codec, experts
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
-from moekit.runtime.disk_speed import disk_bandwidth, file_bandwidth
+from moekit.runtime.disk_speed import DiskSpeed, disk_speed, file_speed
 from moekit.runtime.expert_cache import record_sizes
+from moekit.runtime.known_routing import expected_hit_rate, open_trace
 from moekit.runtime.perf_model import DecodeForecast, DecodeLoad, Machine, decode_roofline
+from moekit.runtime.prefetch import PREDICTION_SECONDS, pays
 from moekit.runtime.store import ExpertStore
 
 # Bytes and columns of a matrix that no cache of a CPU holds.
 PROBE_BYTES, PROBE_COLUMNS = 2**27, 4096
 PROBE_SECONDS = 0.2
 # Seconds a MoE layer takes besides its bytes, measured on two cores of Zen 4: calls and barriers;
-# claims and predictions where experts come and go; in transformers' modules many small operations.
+# claims where experts come and go; in transformers' modules many small operations. Predicting the
+# next layers' experts comes on top where it is done.
 LAYER_SECONDS = {
     ("native", True): 1e-4,
-    ("native", False): 1.2e-3,
+    ("native", False): 3e-4,
     ("graph", True): 1.2e-3,
-    ("graph", False): 2.6e-3,
+    ("graph", False): 2.2e-3,
 }
 STEP_SECONDS = 3e-4
-# Share of the shorter of computing and reading that runs beside the other: experts in memory are
-# computed while the others are read, and some are read ahead. Measured as above.
-OVERLAP = 0.6
 # Rows of a step, and vectors of the model's width that a row needs.
 ROWS, VECTORS = 256, 12
 
@@ -64,7 +65,7 @@ class DecodePlan:
 
     def at(self, hit_rate: float) -> DecodeForecast:
         """The forecast for another share of experts found in memory."""
-        return decode_roofline(self.load, self.machine, hit_rate=hit_rate, overlap=OVERLAP)
+        return decode_roofline(self.load, self.machine, hit_rate=hit_rate)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -73,6 +74,7 @@ class DecodePlan:
             "hit_rate": self.hit_rate,
             "memory_bandwidth": self.machine.memory_bandwidth,
             "disk_bandwidth": self.machine.disk_bandwidth,
+            "disk_latency": self.machine.disk_latency,
             "tokens_per_second": self.forecast.tokens_per_second,
             "bound": self.forecast.bound,
             "notes": list(self.notes),
@@ -114,12 +116,15 @@ def plan_decode(
     runner: str = "auto",
     max_context: int | None = None,
     threads: int = 1,
+    policy: str = "auto",
+    trace: str | Path | None = None,
     hit_rate: float | None = None,
 ) -> DecodePlan:
     """Plan the model in `directory`, packed or not, under `limit` bytes, and forecast its decoding.
 
-    Nothing of the model is loaded; bandwidths are measured in about a second. Raises UserError with
-    the numbers for what cannot fit.
+    Nothing of the model is loaded; bandwidths are measured in about a second. The share of experts
+    found in memory is `hit_rate`, or what replaying a `trace` of the model through the `policy`
+    gives, or what uniform routing would. Raises UserError with the numbers for what cannot fit.
     """
     config = read_config(directory)
     spec = MoESpec.from_config(config)
@@ -140,13 +145,17 @@ def plan_decode(
         max_context=context,
     )
     budget = plan_budget(limit, needs, sizes, spec.top_k, charged + left, expert_cache)
+    layer_seconds = LAYER_SECONDS["native" if is_native else "graph", budget.complete]
+    if not budget.complete and pays(sizes, disk.bandwidth):
+        layer_seconds += PREDICTION_SECONDS
     machine = Machine(
         # The probe stays within the limit too.
         memory_bandwidth=memory_bandwidth(
             threads, min(PROBE_BYTES, max(0, budget.limit - charged) // 2)
         ),
-        disk_bandwidth=disk,
-        layer_seconds=LAYER_SECONDS["native" if is_native else "graph", budget.complete],
+        disk_bandwidth=disk.bandwidth,
+        disk_latency=disk.latency,
+        layer_seconds=layer_seconds,
         step_seconds=STEP_SECONDS,
     )
     load = DecodeLoad(
@@ -157,18 +166,24 @@ def plan_decode(
         kv_bytes=kv_bytes,
         context=min(256, context),
     )
-    rate = min(1.0, budget.expert_cache / budget.all_experts) if hit_rate is None else hit_rate
-    forecast = decode_roofline(load, machine, hit_rate=rate, overlap=OVERLAP)
+    rate = hit_rate
+    if rate is None and trace is not None and not budget.complete:
+        slots = int(budget.expert_cache // load.expert_bytes)
+        known = open_trace(trace, [layer.num_experts for layer in spec.per_layer])
+        rate = expected_hit_rate(known, score_of(policy), slots)
+    if rate is None:
+        rate = min(1.0, budget.expert_cache / budget.all_experts)
+    forecast = decode_roofline(load, machine, hit_rate=rate)
     return DecodePlan(budget, machine, load, rate, forecast, notes)
 
 
 def _experts(
     directory: Path, spec: MoESpec, codec: str | None, memory: int
-) -> tuple[NDArray[np.int64], float, tuple[str, ...]]:
-    """Bytes of the experts [L, E], the disk's bandwidth, and what was chosen."""
+) -> tuple[NDArray[np.int64], DiskSpeed, tuple[str, ...]]:
+    """Bytes of the experts [L, E], the disk's speed, and what was chosen."""
     if (directory / PACKED_FILE).is_file():
         with ExpertStore.open(directory) as store:
-            return record_sizes(store), disk_bandwidth(store), ()
+            return record_sizes(store), disk_speed(store), ()
     notes: tuple[str, ...] = ()
     if codec in (None, "auto"):
         choice = choose_codec(spec, memory)
@@ -178,7 +193,7 @@ def _experts(
     shape = (len(spec.per_layer), spec.num_experts)
     sizes = np.full(shape, -(-experts(spec, codec) // count), dtype=np.int64)
     files = sorted(directory.glob("*.safetensors"), key=lambda file: -file.stat().st_size)
-    return sizes, file_bandwidth(files[0]), notes
+    return sizes, file_speed(files[0]), notes
 
 
 def _resident_bytes(spec: MoESpec, resident_codec: str | None) -> tuple[int, int]:

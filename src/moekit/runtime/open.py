@@ -40,6 +40,8 @@ def open_engine(
     policy: str | CacheScore = AUTO,
     predictor: str | Predictor = AUTO,
     prefetch: bool = True,
+    trace: str | Path | None = None,
+    slots_per_layer: bool = False,
     codec: str | None = None,
     resident_codec: str | None = None,
     dtype: str | None = None,
@@ -58,10 +60,14 @@ def open_engine(
     (default: torch's own choice).
 
     `policy` decides which experts stay in memory and `predictor` which are read ahead, unless
-    `prefetch` is off; neither changes a result. With memory "auto", where not all experts fit, the
-    policy is chosen by replaying a short trace. `resident_codec` encodes what is not an expert too,
-    which is lossy. `dtype` is the number format of the weights that are not encoded (default: as
-    stored). `runner` is "native" (the common shapes), "graph" (any decoder-only family) or "auto".
+    `prefetch` is off; neither changes a result. Both are named as in the registry, with options as
+    "mrs:near=3"; a predictor may also be the directory of a saved one. Those that learn do so from
+    the `trace` (`moekit trace`). Layers share the slots of the cache unless `slots_per_layer`. With
+    memory "auto", where not all experts fit, the policy is chosen by replaying a short trace.
+
+    `resident_codec` encodes what is not an expert too, which is lossy. `dtype` is the number format
+    of the weights that are not encoded (default: as stored). `runner` is "native" (the common
+    shapes), "graph" (any decoder-only family) or "auto".
     `streams` sequences of up to `max_context` tokens are planned for.
 
     `progress` gets (bytes packed, all bytes), `note` lines for the user. Raises UserError as `load`
@@ -99,6 +105,8 @@ def open_engine(
         runner=runner,
         max_context=max_context,
         streams=streams,
+        slots_per_layer=slots_per_layer,
+        trace=trace,
         chooses_policy=memory == AUTO and policy == AUTO,
     )
     return open_packed(directory, request, notes)

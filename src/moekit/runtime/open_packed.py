@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from transformers import GenerationConfig, PretrainedConfig
 
 from moekit.core.architecture import read_config
-from moekit.core.cache_score import CacheScore
+from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
 from moekit.core.load import load_tokenizer
 from moekit.core.machine import available_memory, charged_memory
@@ -27,27 +27,29 @@ from moekit.runtime.choose_policy import choose_policy
 from moekit.runtime.claim import Claim
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
-from moekit.runtime.disk_speed import disk_bandwidth
+from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
 from moekit.runtime.expert_cache import ExpertCache, record_sizes
 from moekit.runtime.graph_runner import GraphRunner
-from moekit.runtime.native_runner import NativeRunner
+from moekit.runtime.known_routing import open_trace, usage
+from moekit.runtime.native_runner import NativeRunner, Routed
 from moekit.runtime.predict.files import make_predictor
 from moekit.runtime.predict.gates import Gate, gates_of
 from moekit.runtime.predict.predictor import Predictor
-from moekit.runtime.prefetch import Filling, Prefetching, new_prefetcher
+from moekit.runtime.prefetch import Filling, Prefetching, new_prefetcher, pays
+from moekit.runtime.recent_scores import RecentScores
 from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
 from moekit.runtime.store import ExpertStore
 
-PREDICTOR = "next-gate"
+AUTO, PREDICTOR = "auto", "next-gate"
 
 
 @dataclass(frozen=True)
 class Request:
     """What `open_engine` was asked for; `limit` None is what this machine has left. With
-    `chooses_policy` the policy is found on a short trace."""
+    `chooses_policy` the policy is found on a short trace of the model's own making."""
 
     limit: int | None
     expert_cache: int | None
@@ -60,6 +62,8 @@ class Request:
     runner: str
     max_context: int | None
     streams: int | None
+    slots_per_layer: bool = False
+    trace: str | Path | None = None
     chooses_policy: bool = False
 
 
@@ -89,11 +93,11 @@ def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
         store = stack.enter_context(ExpertStore.open(directory))
         config = read_config(directory)
         spec = MoESpec.from_config(config)
-        opening = _Opening(store, config, spec, request, charged + PROGRAM_GROWTH, available)
+        opening = _Opening(store, config, spec, request, charged + PROGRAM_GROWTH, available, notes)
         opening.check_early()
         tokenizer = load_tokenizer(directory)
         make: Callable[[ExitStack], tuple[Runner, Budget, ExpertCache]] = (
-            opening.native if opening.takes_native(notes) else opening.graph
+            opening.native if opening.takes_native() else opening.graph
         )
         runner, budget, cache = make(stack)
         engine = Engine(
@@ -123,10 +127,15 @@ class _Opening:
         request: Request,
         program: int,
         available: int,
+        notes: list[str],
     ) -> None:
         self.store, self.config, self.spec, self.request = store, config, spec, request
         self.program, self.available = program, available
         self.sizes = record_sizes(store)
+        self.notes = notes
+        self.trace = None
+        if request.trace is not None:
+            self.trace = open_trace(request.trace, [x.num_experts for x in store.layers])
         self.context = context_length(config, request.max_context)
         self.streams = request.streams or (1 if request.limit is not None else 8)
         self.dtype = None if request.dtype is None else getattr(torch, request.dtype)
@@ -155,16 +164,36 @@ class _Opening:
         )
 
     def _cache(self, budget: Budget, stack: ExitStack) -> ExpertCache:
-        made = ExpertCache(self.store, budget.expert_cache, policy=self.request.policy)
-        return stack.enter_context(made)
+        given = self.request.policy
+        score = given if isinstance(given, CacheScore) else policy(given)
+        ranks = None
+        if score.profile:
+            if self.trace is None:
+                raise UserError(
+                    f"policy {given} keeps what was used most: give a trace of the model "
+                    "(`moekit trace`)"
+                )
+            ranks = usage(self.trace)
+        made = stack.enter_context(
+            ExpertCache(
+                self.store,
+                budget.expert_cache,
+                policy=score,
+                per_layer=self.request.slots_per_layer,
+                profile=ranks,
+            )
+        )
+        if ranks is not None:
+            made.preload(ranks)
+        return made
 
-    def takes_native(self, notes: list[str]) -> bool:
+    def takes_native(self) -> bool:
         """Whether the native runner is asked for, or runs this model; a note says why not."""
-        if self.request.runner != "auto":
+        if self.request.runner != AUTO:
             return self.request.runner == "native"
         reason = supports(self.config) if library() is not None else "no C++ compiler"
         if reason is not None:
-            notes.append(f"graph runner: {reason}")
+            self.notes.append(f"graph runner: {reason}")
         return reason is None
 
     # -- the graph runner --
@@ -184,9 +213,8 @@ class _Opening:
         cache = self._cache(budget, stack)
         view = MoEView(model)
         runner.attach(ExpertBackend(model, self.store.layers, cache))
-        prefetching = self._prefetching(cache, budget, lambda: gates_of(view))
-        if prefetching is not None:
-            runner.attach(view.observe(prefetching.seam))
+        for watcher in self._watchers(cache, budget, lambda: gates_of(view)):
+            runner.attach(view.observe(watcher.seam))
         return runner, budget, cache
 
     # -- the native runner --
@@ -210,32 +238,57 @@ class _Opening:
         budget = self._budget(runner.resident_bytes, kv_cache, scratch)
         cache = self._cache(budget, stack)
         runner.experts = cache
-        prefetching = self._prefetching(cache, budget, lambda: _native_gates(runner, self.spec))
-        if prefetching is not None:
-            runner.observer = prefetching.routed
+        watchers = self._watchers(cache, budget, lambda: _native_gates(runner, self.spec))
+        if watchers:
+            runner.observer = _all_of([watcher.routed for watcher in watchers])
         elif budget.complete and self.request.prefetch:
             # Whole steps in one call need every expert in memory, also those never chosen.
             runner.observer = Filling(cache, lambda: setattr(runner, "observer", None)).routed
         return runner, budget, cache
 
-    def _prefetching(
+    # -- what watches the routers --
+
+    def _watchers(
         self, cache: ExpertCache, budget: Budget, gates: Callable[[], list[Gate]]
-    ) -> Prefetching | None:
-        if not self.request.prefetch or budget.complete:
-            return None
-        predictor = self.request.predictor
-        if isinstance(predictor, str):
-            name = PREDICTOR if predictor == "auto" else predictor
-            try:
-                predictor = make_predictor(name, gates=gates())
-            except UserError:
-                if self.request.predictor != "auto":
-                    raise
-                return None
-        bandwidth = disk_bandwidth(self.store)
+    ) -> list[RecentScores | Prefetching]:
+        if budget.complete:
+            return []
+        found: list[Gate] | None = None
+        # Some routers cannot be asked; then uses count in place of scores.
+        with suppress(UserError):
+            found = gates()
+        made: list[RecentScores | Prefetching] = []
+        if cache.score.near and found is not None:
+            made.append(RecentScores(cache, found))
+        if self.request.prefetch:
+            made += self._prefetching(cache, found)
+        return made
+
+    def _prefetching(self, cache: ExpertCache, gates: list[Gate] | None) -> list[Prefetching]:
+        asked = self.request.predictor
+        bandwidth = disk_speed(self.store).bandwidth
+        if asked == AUTO:
+            if gates is None:
+                return []
+            if not pays(self.sizes, bandwidth):
+                self.notes.append("nothing is read ahead: predicting takes as long as a read")
+                return []
+            asked = PREDICTOR
+        traces = None if self.trace is None else [self.trace]
+        predictor = (
+            make_predictor(asked, gates=gates, traces=traces) if isinstance(asked, str) else asked
+        )
         spec = self.spec
         made = new_prefetcher(predictor, cache, spec.num_experts, spec.top_k, bandwidth)
-        return Prefetching(cache, made)
+        return [Prefetching(cache, made)]
+
+
+def _all_of(observers: list[Callable[[Routed], None]]) -> Callable[[Routed], None]:
+    def routed(now: Routed) -> None:
+        for observer in observers:
+            observer(now)
+
+    return observers[0] if len(observers) == 1 else routed
 
 
 class _NoExperts:

@@ -21,12 +21,14 @@ def expected_distinct(num_experts: int, top_k: int, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Bytes a second read from memory and from disk, multiply-adds twice a second (`flops`, None:
-    no limit), seconds that a layer and a step take besides (dispatch, synchronisation, sampling).
+    """Bytes a second read from memory and from disk, seconds until the first read of a layer begins
+    to give any (`disk_latency`), multiply-adds twice a second (`flops`, None: no limit), seconds
+    that a layer and a step take besides (dispatch, synchronisation, sampling).
     """
 
     memory_bandwidth: float
     disk_bandwidth: float = math.inf
+    disk_latency: float = 0.0
     flops: float | None = None
     layer_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -105,10 +107,10 @@ def decode_roofline(
 ) -> DecodeForecast:
     """Forecast decoding where `hit_rate` of the experts asked for are in memory.
 
-    Reading memory and computing run beside each other, the slower counts. `overlap` (0 to 1) is the
-    share of the shorter of that and of the disk's time which runs beside the other: 0 where experts
-    are read only when they are needed, 1 for perfect prefetch. Raises UserError for a rate or an
-    overlap outside 0 to 1.
+    Reading memory and computing run beside each other, the slower counts. While the missing experts
+    of a layer are read, those in memory are computed; `overlap` (0 to 1) is the share of the
+    shorter of all computing and all reading that runs beside the other if that is more, 1 for
+    perfect prefetch. Raises UserError for a rate or an overlap outside 0 to 1.
     """
     if not (0 <= hit_rate <= 1 and 0 <= overlap <= 1):
         raise UserError(f"hit_rate {hit_rate} and overlap {overlap} must be from 0 to 1")
@@ -116,10 +118,13 @@ def decode_roofline(
     cached = load.batch * load.context * load.kv_bytes
     memory = (load.resident_bytes + experts + cached) / machine.memory_bandwidth
     compute = 0.0 if machine.flops is None else 2 * load.active_params * load.batch / machine.flops
-    disk = experts * (1 - hit_rate) / machine.disk_bandwidth
+    # Layers in which nothing is missing do not wait for a first read.
+    waits = load.layers * (1 - hit_rate**load.distinct) * machine.disk_latency
+    disk = experts * (1 - hit_rate) / machine.disk_bandwidth + waits
     fixed = load.layers * machine.layer_seconds + machine.step_seconds
     local = max(memory, compute) + fixed
-    seconds = local + disk - overlap * min(local, disk)
+    beside = min(experts * hit_rate / machine.memory_bandwidth, disk)
+    seconds = local + disk - max(beside, overlap * min(local, disk))
     parts = {"memory": memory, "compute": compute, "disk": disk, "overhead": fixed}
     return DecodeForecast(
         load.batch / seconds if seconds else math.inf,

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moekit.core.port import SeamCall
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.native_runner import Routed
 from moekit.runtime.predict.prefetch import Prefetcher
 
+# Seconds that predicting takes a layer, measured on two cores of Zen 4, and how many times that a
+# read must take for reading ahead to gain anything.
+PREDICTION_SECONDS, TIMES = 4e-4, 3
 # Weight of the last layer in the running mean of the time a layer computes.
 NEWEST = 0.05
 
@@ -81,6 +84,12 @@ class Filling:
             missing = np.flatnonzero(self._cache.table[layer, : described.num_experts] == 0)
             if len(missing):
                 self._cache.hint(layer, missing.tolist(), wait=True)
+
+
+def pays(sizes: NDArray[np.int64], bandwidth: float) -> bool:
+    """Whether experts of `sizes` bytes, 0 for none, take long enough to read at `bandwidth` bytes a
+    second to be predicted."""
+    return float(sizes[sizes > 0].mean()) / bandwidth > TIMES * PREDICTION_SECONDS
 
 
 def new_prefetcher(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moekit.core.errors import UserError
+from moekit.core.method_text import parse_method
 from moekit.core.registry import registry
 from moekit.core.trace import RoutingTrace
 from moekit.runtime.predict.gates import Gate
@@ -24,18 +25,23 @@ TENSORS = "predictor.safetensors"
 
 
 def make_predictor(
-    name: str,
+    text: str,
     *,
     gates: Sequence[Gate] | None = None,
     traces: Sequence[RoutingTrace] | None = None,
     **options: Any,
 ) -> Predictor:
-    """The registered predictor `name`, with the model's `gates` or fitted to `traces` if it needs.
+    """A predictor by name ("edgemoe"), with options ("edgemoe:order=1"), or from the directory that
+    `save_predictor` wrote.
 
-    Raises UserError for an unknown name or option, and where gates or traces are missing.
+    It gets the model's `gates`, or is fitted to `traces`, if it needs them. Raises UserError for an
+    unknown name or option, and where gates or traces are missing.
     """
-    method = registry.find(name, kind="predictor")
-    build = method.load()
+    if (Path(text) / HEADER).is_file():
+        return load_predictor(text)
+    name, given = parse_method(text)
+    options = {**given, **options}
+    build = registry.find(name, kind="predictor").load()
     if "gates" in inspect.signature(build).parameters:
         if gates is None:
             raise UserError(f"predictor {name} needs the model's routers")
