@@ -134,6 +134,17 @@ def test_sums_are_those_of_a_double_loop(model, oracle):
                 **CLOSE,
             )
 
+            torch.testing.assert_close(
+                stats.by_domain(position, "chosen_softmax_sum", domain),
+                _sum(
+                    oracle,
+                    position,
+                    lambda t: _spread(t["ids"], t["logits"].softmax(-1)[t["ids"]], experts),
+                    domain,
+                ),
+                **CLOSE,
+            )
+
             def top(t):
                 winner = int(t["logits"].argmax())
                 return _spread([winner], [t["logits"][winner]], experts)

@@ -58,6 +58,7 @@ STATISTICS = {
     "transitions": Statistic("PC", _INT, "tokens by choice in the MoE layer before and in this"),
     "logit_sum": Statistic("GC", _FLOAT, "router logits, all tokens"),
     "softmax_sum": Statistic("GC", _FLOAT, "softmax of the router logits, all tokens"),
+    "chosen_softmax_sum": Statistic("GC", _FLOAT, "the same softmax, tokens that chose the expert"),
     "logit_gram": Statistic("CC", _FLOAT, "products of the router logits of two experts"),
     "top_logit_sum": Statistic("GC", _FLOAT, "logits of the tokens whose largest logit this is"),
     "top_logit_count": Statistic("GC", _INT, "tokens whose largest logit this is"),

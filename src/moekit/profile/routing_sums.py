@@ -80,7 +80,8 @@ class RoutingSums:
         if seam.logits is not None:
             for start in range(0, len(seam.logits), LOGIT_ROWS):
                 piece = slice(start, start + LOGIT_ROWS)
-                self._add_logits(call, seam.logits[piece], call.domain[piece], sums)
+                ids, domain = seam.ids[piece], call.domain[piece]
+                self._add_logits(call, seam.logits[piece], ids, domain, sums)
         absolute = call.unpadded(seam.hidden).float().abs()
         if len(absolute):
             sums.add(position, "input_max", absolute.amax(0))
@@ -146,7 +147,9 @@ class RoutingSums:
             flow = pair_counts(before, ids, previous.num_choices, choices)
             sums.add(position, "transitions", flow)
 
-    def _add_logits(self, call: ProfiledCall, logits: Tensor, domain: Tensor, sums: Sums) -> None:
+    def _add_logits(
+        self, call: ProfiledCall, logits: Tensor, chosen: Tensor, domain: Tensor, sums: Sums
+    ) -> None:
         position, groups, choices = call.position, call.num_domains, logits.shape[1]
         logits = logits.float()
         wide = logits.double()
@@ -156,7 +159,12 @@ class RoutingSums:
             return total.index_add_(0, domain, values)[:groups]
 
         sums.add(position, "logit_sum", by_domain(wide))
-        sums.add(position, "softmax_sum", by_domain(logits.softmax(-1).double()))
+        probability = logits.softmax(-1).double()
+        sums.add(position, "softmax_sum", by_domain(probability))
+        picked = torch.zeros_like(probability).scatter_(1, chosen.clamp(min=0), 1.0)
+        # An unused choice, -1, must not count as one of expert 0.
+        picked[:, 0] = (chosen == 0).any(-1).double()
+        sums.add(position, "chosen_softmax_sum", by_domain(probability * picked))
         unpadded = wide if call.kept is None else wide[domain < groups]
         if choices <= MAX_SQUARE:
             sums.add(position, "logit_gram", unpadded.T @ unpadded)
