@@ -29,11 +29,14 @@ from moekit.core.packed import (
     PACKED_FILE,
     PAGE,
     CodecChoice,
+    EncodedResident,
     ExpertParts,
     PackedHeader,
     PackedLayer,
     write_record,
 )
+from moekit.core.packed_resident import encode_matrix, matrix_arrays
+from moekit.core.seeds import generator
 from moekit.core.shards import Shard, plan_shards
 from moekit.ops.codecs import Encoded, Part
 
@@ -62,6 +65,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
+# What `moekit convert --resident-codec` encodes of the family of these shapes.
+ENCODED = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "lm_head.weight")
 TEMPLATES = 4
 SHARD_BYTES = 4 * 2**30
 
@@ -86,12 +91,13 @@ def write_packed(
     codec: str = "int4",
     *,
     group_size: int = 32,
+    resident_codec: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a packed model of `shape` with random weights to the new directory `out`.
 
     Weights have the variance 1 / inputs, so hidden states keep their size and routing is spread
-    over all experts.
+    over all experts. `resident_codec` is that of `moekit convert`.
     """
     config = config_of(shape) if isinstance(shape, str) else shape
     target = Path(out)
@@ -105,8 +111,22 @@ def write_packed(
         for name, t in model.state_dict().items()
         if not name.startswith(banks)
     }
-    identity = json.dumps([config.to_json_string(), codec, group_size, seed]).encode()
-    header = PackedHeader(hashlib.sha256(identity).hexdigest()[:32], layers, {}, (), ())
+    encoded = None
+    if resident_codec is not None:
+        kept = CodecChoice(resident_codec, group_size)
+        parts = {
+            name: Part(name, info.shape, info.dtype)
+            for name, info in resident.items()
+            if name.endswith(ENCODED)
+        }
+        encoded = EncodedResident(kept, parts)
+        for name, part in parts.items():
+            _, size = matrix_arrays(kept, (part.shape[0], part.shape[1]))
+            resident[name] = TensorInfo((1, size), torch.uint8)
+    options = [config.to_json_string(), codec, group_size, seed]
+    identity = json.dumps(options if encoded is None else [*options, resident_codec]).encode()
+    name = hashlib.sha256(identity).hexdigest()[:32]
+    header = PackedHeader(name, layers, {}, (), (), encoded)
     records = {
         layer.tensor_name(e, plane): (position, e, plane)
         for position, layer in enumerate(layers)
@@ -125,10 +145,9 @@ def write_packed(
         expert_files=tuple(shard.file for shard in routed),
     )
     sums: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(seed)
     for shard in kept:
-        _write(target, shard, _resident(shard, resident, generator, sums))
-    templates = _templates(layers[0], choice, generator)
+        _write(target, shard, _resident(shard, resident, encoded, seed, sums))
+    templates = _templates(layers[0], choice, generator(seed, "experts"))
     for shard in routed:
         _write(target, shard, _records(shard, records, header, templates))
     config.save_pretrained(target)
@@ -146,33 +165,37 @@ def _layer(site: Any, config: PretrainedConfig, choice: CodecChoice) -> PackedLa
     return PackedLayer(spec.path, spec.layer_index, matrices, (), (choice,) * spec.num_experts)
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+def _random(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=random) / shape[-1] ** 0.5
 
 
 def _resident(
     shard: Shard,
     resident: Mapping[str, TensorInfo],
-    generator: torch.Generator,
+    encoded: EncodedResident | None,
+    seed: int,
     sums: dict[str, int],
 ) -> Iterator[Tensor]:
     for name in shard.offsets:
-        shape = resident[name].shape
-        values = torch.ones(shape) if len(shape) == 1 else _random(shape, generator)
+        part = None if encoded is None else encoded.matrices.get(name)
+        shape = resident[name].shape if part is None else part.shape
+        values = torch.ones(shape) if len(shape) == 1 else _random(shape, generator(seed, name))
         if "embed_tokens" in name:
             values *= shape[-1] ** 0.5
         tensor = values.bfloat16()
+        if part is not None and encoded is not None:
+            tensor = encode_matrix(tensor, encoded.codec)
         sums[name] = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
         yield tensor
 
 
 def _templates(
-    layer: PackedLayer, choice: CodecChoice, generator: torch.Generator
+    layer: PackedLayer, choice: CodecChoice, random: torch.Generator
 ) -> list[dict[str, Encoded]]:
     codec = choice.make()
     return [
         {
-            part.name: codec.encode(_random((part.shape[0], part.shape[1]), generator))
+            part.name: codec.encode(_random((part.shape[0], part.shape[1]), random))
             for part in layer.matrices
         }
         for _ in range(TEMPLATES)
@@ -218,9 +241,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--codec", default="int4")
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--resident-codec")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    write_packed(given.shape, given.out, given.codec, group_size=given.group_size, seed=given.seed)
+    write_packed(
+        given.shape,
+        given.out,
+        given.codec,
+        group_size=given.group_size,
+        resident_codec=given.resident_codec,
+        seed=given.seed,
+    )
 
 
 if __name__ == "__main__":

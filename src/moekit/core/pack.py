@@ -44,7 +44,7 @@ from moekit.core.packed import (
 from moekit.core.packed_resident import encoded_parts
 from moekit.core.plan import ExpertPlan
 from moekit.core.registry import register
-from moekit.core.shards import CACHE_LINE, Shard, plan_shards
+from moekit.core.shards import Shard, plan_shards
 from moekit.core.spec import spec_from_config
 from moekit.core.view import MoEView
 from moekit.core.writer import DEFAULT_SHARD_BYTES
@@ -125,8 +125,6 @@ def pack(
         encoded = None
         if kept is not None:
             resident, encoded = encoded_parts(resident, read_config(work.config), kept)
-        # What is read from where it lies in the file begins with a cache line.
-        resident = dict(sorted(resident.items(), key=lambda item: item[1].nbytes % CACHE_LINE > 0))
         identity = json.dumps([options, state_of(checkpoint)]).encode()
         name = hashlib.sha256(identity).hexdigest()[:32]
         header = PackedHeader(name, layers, {}, (), (), encoded)

@@ -66,22 +66,29 @@ def encoded_parts(
         fits = weight.shape[1] % choice.group_size == 0 and weight.shape[0] > 1
         if fits and id(module.weight) not in routers | embeddings and weight.is_floating_point():
             name = f"{path}.weight"
-            made[name] = _encoded_matrix(weight, choice)
+            made[name] = _encoded(weight, choice)
             parts[name] = Part(name, tuple(weight.shape), weight.dtype)
     return made, EncodedResident(choice, parts)
 
 
-def _encoded_matrix(weight: Deferred, choice: CodecChoice) -> Deferred:
-    """The bytes [1, n] of a matrix [O, I]; block of rows by block of rows when they are read."""
+def encode_matrix(weight: Tensor, choice: CodecChoice) -> Tensor:
+    """The bytes [n] of a matrix [O, I], which may be a `Deferred`: it is read block by block."""
     outputs, inputs = weight.shape
     _, size = matrix_arrays(choice, (outputs, inputs))
+    made = torch.zeros(size, dtype=torch.uint8)
+    for start in range(0, outputs, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, outputs)
+        rows = weight.rows(start, stop) if isinstance(weight, Deferred) else weight[start:stop]
+        _write(made, choice, (outputs, inputs), start, choice.make().encode(rows))
+    return made
+
+
+def _encoded(weight: Deferred, choice: CodecChoice) -> Deferred:
+    _, size = matrix_arrays(choice, (weight.shape[0], weight.shape[1]))
 
     def read(region: Region) -> Tensor:
-        made = torch.zeros(size, dtype=torch.uint8)
-        for start in range(0, outputs, BLOCK_ROWS):
-            rows = weight.rows(start, min(start + BLOCK_ROWS, outputs))
-            _write(made, choice, (outputs, inputs), start, choice.make().encode(rows))
-        return made[None][tuple(slice(first, last) for first, last in region)]
+        made = encode_matrix(weight, choice)[None]
+        return made[tuple(slice(first, last) for first, last in region)]
 
     return Deferred((1, size), torch.uint8, read)
 

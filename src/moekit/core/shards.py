@@ -31,8 +31,13 @@ def _header(
     """The safetensors header of one shard and the absolute offset of each tensor in it."""
     offsets, position = {}, 0
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Wide types first keeps every tensor aligned to its item size.
-    for name in sorted(names, key=lambda name: -tensors[name].dtype.itemsize):
+
+    # Whole cache lines first keeps those aligned to one, for whoever reads them where they lie;
+    # then wide types first keeps every tensor aligned to its item size.
+    def place(name: str) -> tuple[bool, int]:
+        return tensors[name].nbytes % CACHE_LINE > 0, -tensors[name].dtype.itemsize
+
+    for name in sorted(names, key=place):
         info = tensors[name]
         end = position + info.nbytes
         entries[name] = {

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from moekit.core.checkpoint import Checkpoint, TensorInfo, read_header
 from moekit.core.errors import UserError
 from moekit.core.packed import (
     PAGE,
+    EncodedResident,
     ExpertParts,
     PackedHeader,
     PackedLayer,
@@ -320,13 +321,8 @@ def _check_tensors(directory: Path, header: PackedHeader, found: dict[str, _Reco
                 f"{directory / record.file}: {name} has {record.size} bytes at {record.offset}; "
                 f"expected {size} at a multiple of {PAGE}. Convert the model again."
             )
-    for name, part in () if header.encoded is None else header.encoded.matrices.items():
-        _, size = matrix_arrays(header.encoded.codec, (part.shape[0], part.shape[1]))
-        if name in found and found[name].size != size:
-            raise StoreError(
-                f"{directory}: {name} has {found[name].size} bytes; {header.encoded.codec.name} of "
-                f"{list(part.shape)} has {size}. Convert the model again."
-            )
+    if header.encoded is not None:
+        _check_encoded(directory, header.encoded, found)
     missing = sorted(set(header.resident) - set(found)) or sorted(
         set(found) - set(header.resident) - set(wanted)
     )
@@ -335,3 +331,13 @@ def _check_tensors(directory: Path, header: PackedHeader, found: dict[str, _Reco
             f"{directory}: {missing[0]} is in only one of the header and the files; they belong "
             "to different models. Convert the model again."
         )
+
+
+def _check_encoded(directory: Path, encoded: EncodedResident, found: Mapping[str, _Record]) -> None:
+    for name, part in encoded.matrices.items():
+        _, size = matrix_arrays(encoded.codec, (part.shape[0], part.shape[1]))
+        if name in found and found[name].size != size:
+            raise StoreError(
+                f"{directory}: {name} has {found[name].size} bytes; {encoded.codec.name} of "
+                f"{list(part.shape)} has {size}. Convert the model again."
+            )
