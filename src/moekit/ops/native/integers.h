@@ -21,6 +21,12 @@ constexpr int LINE = 64;
 constexpr int MOST_TOKENS = 6;
 constexpr int strips_for(int tokens) { return tokens <= 2 ? 4 : 2; }
 
+// The compiler would gather the products of many steps before it adds them, and run out of registers.
+inline __attribute__((always_inline)) void add_to(__m256i& sum, __m256i products) {
+    sum = _mm256_add_epi32(sum, products);
+    __asm__("" : "+x"(sum));
+}
+
 template <int TOKENS, int COUNT>
 struct Sums {
     __m256i at[COUNT][TOKENS];
@@ -35,7 +41,7 @@ struct Sums {
 #ifdef __AVXVNNI__
                 at[i][t] = _mm256_dpwssd_avx_epi32(at[i][t], codes[i], pair);
 #else
-                at[i][t] = _mm256_add_epi32(at[i][t], _mm256_madd_epi16(codes[i], pair));
+                add_to(at[i][t], _mm256_madd_epi16(codes[i], pair));
 #endif
         }
     }
