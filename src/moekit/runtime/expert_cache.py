@@ -55,7 +55,7 @@ class ExpertCache:
         ranks = None if profile is None else np.asarray(profile, dtype=np.float64)
         if ranks is not None and ranks.shape != sizes.shape:
             raise UserError(f"a profile of shape {ranks.shape} does not fit experts {sizes.shape}")
-        self.score = policy if isinstance(policy, CacheScore) else _online(policy)
+        self.score = policy if isinstance(policy, CacheScore) else online_policy(policy)
         self._residency = Residency(
             sizes, nbytes, self.score, per_layer=per_layer, profile=ranks, new_slots=new_slots
         )
@@ -380,7 +380,8 @@ class ExpertCache:
             claim._waiting = 0
 
 
-def _online(name: str) -> CacheScore:
+def online_policy(name: str) -> CacheScore:
+    """The score of a policy that an engine can follow; UserError for one that knows the future."""
     score = policy(name)
     if score.future != "none":
         raise UserError(f"policy {name} knows the future: it is for simulation only")

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from transformers import GenerationConfig, PretrainedConfig
 
 from moekit.core.architecture import read_config
-from moekit.core.cache_score import CacheScore, policy
+from moekit.core.cache_score import CacheScore
 from moekit.core.errors import UserError
 from moekit.core.load import load_tokenizer
 from moekit.core.machine import available_memory, charged_memory
@@ -30,7 +30,7 @@ from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
-from moekit.runtime.expert_cache import ExpertCache, record_sizes
+from moekit.runtime.expert_cache import ExpertCache, online_policy, record_sizes
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.known_routing import open_trace, usage
 from moekit.runtime.native_runner import NativeRunner, Routed
@@ -165,7 +165,7 @@ class _Opening:
 
     def _cache(self, budget: Budget, stack: ExitStack) -> ExpertCache:
         given = self.request.policy
-        score = given if isinstance(given, CacheScore) else policy(given)
+        score = given if isinstance(given, CacheScore) else online_policy(given)
         ranks = None
         if score.profile:
             if self.trace is None:
