@@ -46,6 +46,8 @@ Q4, Q4_READ, Q4_HEAD, Q8, F16 = (
     "llama.cpp f16",
 )
 TRANSFORMERS = "transformers bf16 grouped_mm"
+# What moekit is given; without a limit it plans with what the machine has left.
+MEMORY = {"r2": "18.5GB"}
 # moekit's error may be this many times that of transformers in bf16.
 TOLERANCE = 1.1
 
@@ -76,7 +78,7 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     steps: dict[str, tuple[str, Callable[[Path], Any]]]
     if shape == "r2":
         steps = {
-            INT4: ("int4", lambda out: write_packed(shape, out)),
+            INT4: ("int4", lambda out: write_packed(shape, out, resident_codec="int4")),
             Q4: ("q4_0.gguf", lambda out: write_gguf(shape, out, "q4_0")),
         }
     else:
@@ -97,11 +99,13 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     return {name: work / file for name, (file, _) in steps.items()}
 
 
-def start(name: str, paths: dict[str, Path], peer: str) -> Worker:
+def start(name: str, paths: dict[str, Path], peer: str, shape: str = "r1") -> Worker:
     if name == TRANSFORMERS:
         return Worker("worker_transformers.py", str(paths[name]))
     if name == INT4:
-        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4")
+        limit = MEMORY.get(shape)
+        more = () if limit is None else ("--memory", limit)
+        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4", *more)
     if name == BF16:
         return Worker("worker_moekit.py", str(paths[name]))
     mmap = () if name == Q4_READ else ("--mmap",)
@@ -162,7 +166,7 @@ def in_turns(
 ) -> dict[str, Any]:
     """All programs open at once, taking turns."""
     with ExitStack() as stack:
-        open_ = {name: stack.enter_context(start(name, paths, peer)) for name in names}
+        open_ = {name: stack.enter_context(start(name, paths, peer, shape)) for name in names}
         for worker in open_.values():
             turn(worker, shape, 0)
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -181,7 +185,7 @@ def one_by_one(
     """For programs that do not fit into memory together: each opened some times, in turns."""
     found: dict[str, Any] = {name: {"rounds": []} for name in names}
     for name in names * openings:
-        with start(name, paths, peer) as worker:
+        with start(name, paths, peer, shape) as worker:
             worker.call("prefill", ids=tokens(0, 512, shape))
             # llama.cpp has read everything by now; moekit reads an expert when it is first used.
             if name == INT4 and not worker.call("fill"):

@@ -34,7 +34,7 @@ def test_the_system_alone(tmp_path):
     assert charged_memory(root) == 300000 * 1024
 
 
-def version_1(root, limit, usage, inactive=0, procs="1\n2\n"):
+def version_1(root, limit, usage, inactive=0, active=0, mapped=0, procs="1\n2\n"):
     group = "sys/fs/cgroup/memory/job"
     return machine(
         root,
@@ -44,7 +44,8 @@ def version_1(root, limit, usage, inactive=0, procs="1\n2\n"):
             "sys/fs/cgroup/memory/memory.limit_in_bytes": NO_LIMIT,
             f"{group}/memory.usage_in_bytes": usage,
             f"{group}/memory.limit_in_bytes": limit,
-            f"{group}/memory.stat": f"cache 5\ntotal_inactive_file {inactive}\n",
+            f"{group}/memory.stat": f"cache 5\nactive_file 7\ntotal_inactive_file {inactive}\n"
+            f"total_active_file {active}\ntotal_mapped_file {mapped}\n",
             f"{group}/cgroup.procs": procs,
         },
     )
@@ -53,6 +54,7 @@ def version_1(root, limit, usage, inactive=0, procs="1\n2\n"):
 def test_version_1(tmp_path):
     assert available_memory(version_1(tmp_path, 4 * GB, 3 * GB)) == GB
     assert available_memory(version_1(tmp_path, 4 * GB, 3 * GB, inactive=GB)) == 2 * GB
+    assert available_memory(version_1(tmp_path, 4 * GB, 3 * GB, inactive=GB, active=GB)) == 3 * GB
     assert available_memory(version_1(tmp_path, 2 * GB, 3 * GB)) == 0
     assert available_memory(version_1(tmp_path, NO_LIMIT, 3 * GB)) > 9 * GB
 
@@ -81,6 +83,18 @@ def test_charge_of_a_group_with_others_is_not_ours(tmp_path):
     own = f"{os.getpid()}\n"
     assert charged_memory(version_1(tmp_path, NO_LIMIT, 3 * GB, procs=own)) == 3 * GB
     assert charged_memory(version_1(tmp_path, NO_LIMIT, 3 * GB, procs=own + "1\n")) < GB
+
+
+def test_large_files_that_were_read_before_are_not_the_program(tmp_path):
+    own = f"{os.getpid()}\n"
+
+    def charged(**pages):
+        return charged_memory(version_1(tmp_path, NO_LIMIT, 9 * GB, procs=own, **pages))
+
+    allowed = 2**28
+    assert charged(inactive=allowed // 2, active=allowed // 2) == 9 * GB
+    assert charged(inactive=4 * GB, active=GB) == 4 * GB + allowed
+    assert charged(inactive=4 * GB, active=GB, mapped=GB) == 5 * GB + allowed
 
 
 def test_container_whose_group_is_not_mounted(tmp_path):

@@ -15,6 +15,7 @@ from moekit.core.errors import UserError
 _CGROUPS = Path("/sys/fs/cgroup")
 # Version 1 writes "no limit" as the largest multiple of a page.
 _NO_LIMIT = 2**60
+_PROGRAM_FILES = 2**28
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -41,12 +42,17 @@ def available_memory(root: Path = Path("/")) -> int:
 
 def charged_memory(root: Path = Path("/")) -> int:
     """Bytes that this process holds now: what its control group is charged, page cache included,
-    where the group has no other process; else its resident pages."""
+    where the group has no other process; else its resident pages.
+
+    Files that are not mapped count up to what starting a program reads: beyond it they are large
+    files that were read or written before, and are given up when the memory is needed.
+    """
     group = next(_groups(root), None)
     if group is not None:
         members = _read(group / "cgroup.procs").split()
         if members == [str(os.getpid())]:
-            return _used(group)
+            idle = _files(group) - _stat(group, "mapped_file", "file_mapped")
+            return _used(group) - max(0, idle - _PROGRAM_FILES)
     status = (root / "proc/self/status").read_text()
     found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
@@ -92,9 +98,21 @@ def _used(group: Path) -> int:
 
 
 def _usage(group: Path) -> int:
-    """What a group is charged without the pages of files that it would give up first."""
-    found = re.search(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.M)
-    return max(0, _used(group) - (int(found[1]) if found else 0))
+    """What a group is charged without the pages of files, which it gives up before it kills; as
+    what the system says is available counts them."""
+    return max(0, _used(group) - _files(group))
+
+
+def _files(group: Path) -> int:
+    return _stat(group, "active_file") + _stat(group, "inactive_file")
+
+
+def _stat(group: Path, *names: str) -> int:
+    """The first of `names` that a group has a number for, groups below it included, or 0."""
+    stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+    # Version 1 has the group alone by the plain name.
+    wanted = (f"{prefix}{name}" for prefix in ("total_", "") for name in names)
+    return next((int(stat[name]) for name in wanted if name in stat), 0)
 
 
 def _read(path: Path) -> str:
