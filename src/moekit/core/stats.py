@@ -6,6 +6,8 @@ over tokens, so the statistics of batches, processes and files combine by `merge
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +219,18 @@ class ExpertStats:
         )
 
     # -- files --
+
+    def digest(self) -> str:
+        """A hash that tells these statistics from others, by what is cheap to read of them."""
+        parts = [self.model_type, self.domains, self.settings, self.metadata]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+        for key in sorted(self.held):
+            value = self.held[key]
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            if not STATISTICS[key[1]].heavy:
+                tensor = value.load() if isinstance(value, Lazy) else value
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def save(self, out: str | Path) -> None:
         """Write the directory `out`: `stats.json` and safetensors files, complete or not at all.

@@ -20,6 +20,7 @@ from moekit.compress.quantize.layer_experts import middle_of, output_of
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.layer import MoELayer
 from moekit.ops.codecs import Codec
+from moekit.ops.codecs.range_search import searched_encode
 
 GRID = tuple(step / 20 for step in range(20))
 
@@ -71,8 +72,9 @@ def search_awq(
     """
     experts = [layer.get_expert(e) for e in range(layer.num_experts)]
     expected = _outputs(layer, experts, inputs)
-    before, found = _error(layer, experts, codecs, None, inputs, expected), None
-    least = before
+    plain = [round_expert(x, codec) for x, codec in zip(experts, codecs, strict=True)]
+    before = _distance(_outputs(layer, plain, inputs), expected)
+    least, found = _error(layer, experts, codecs, None, inputs, expected), None
     if scale_inputs:
         activation = inputs.hidden.abs().mean(0)
         rows = torch.cat([_readers(expert) for expert in experts])
@@ -84,24 +86,27 @@ def search_awq(
     middle = {}
     if middle_can_be_scaled(layer.experts):
         for e, expert in enumerate(experts):
-            scale = _search_middle(layer, expert, codecs[e], inputs.of_expert(e), inputs, grid)
-            if scale is not None:
-                middle[e] = scale
+            best = _search_middle(layer, expert, codecs[e], inputs.of_expert(e), inputs, grid)
+            if best is not None:
+                middle[e] = best
     rounded = [
         round_expert(ChannelScales(found, middle.get(e)).apply(expert), codecs[e])
         for e, expert in enumerate(experts)
     ]
-    plain = inputs.hidden if found is None else inputs.hidden / found
-    after = _distance(_outputs(layer, rounded, inputs, plain), expected)
+    seen = inputs.hidden if found is None else inputs.hidden / found
+    after = _distance(_outputs(layer, rounded, inputs, seen), expected)
     return AwqScales(found, middle, (before, after))
 
 
-def round_expert(expert: ExpertWeights, codec: Codec) -> ExpertWeights:
-    """The expert with its matrices rounded to nearest by `codec`, float32."""
+def round_expert(expert: ExpertWeights, codec: Codec, reach: float = 0.0) -> ExpertWeights:
+    """The expert with its matrices rounded to nearest by `codec`, float32.
+
+    `reach` is the share by which ranges may shrink.
+    """
     parts = {}
     for name, part in expert.tensors().items():
         matrix = part.dim() == 2
-        parts[name] = codec.decode(codec.encode(part)) if matrix else part.float()
+        parts[name] = codec.decode(searched_encode(codec, part, reach)) if matrix else part.float()
     return dataclasses.replace(expert, **parts)
 
 

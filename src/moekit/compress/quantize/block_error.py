@@ -21,11 +21,17 @@ BATCH = 2048
 
 
 def rounding_errors(
-    layer: MoELayer, codecs: Sequence[Codec], inputs: BlockInputs, batch: int = BATCH
+    layer: MoELayer,
+    codecs: Sequence[Codec],
+    inputs: BlockInputs,
+    *,
+    reach: float = 0.0,
+    batch: int = BATCH,
 ) -> Tensor:
-    """The Frobenius norms of the change of the block's output, summed over batches, [E, B].
+    """Norms of the change of the block's output, summed over batches of tokens, [E, B].
 
-    For each expert and each of `codecs`; the other experts stay as they are (MC-MoE 2410.06270).
+    For each expert and each of `codecs`, whose ranges may shrink by `reach`; the other experts stay
+    as they are (MC-MoE 2410.06270).
     Zero for an expert that no token chose. Raises `UserError` as `middle_of` does.
     """
     errors = torch.zeros(layer.num_experts, len(codecs), dtype=torch.float64)
@@ -37,7 +43,7 @@ def rounding_errors(
             expert, hidden = layer.get_expert(e), inputs.hidden[tokens]
             plain = output_of(layer, expert, middle_of(layer, expert, hidden))
             for at, codec in enumerate(codecs):
-                rounded = round_expert(expert, codec)
+                rounded = round_expert(expert, codec, reach)
                 made = output_of(layer, rounded, middle_of(layer, rounded, hidden))
                 # Only this expert's part of the output differs.
                 squares = ((made - plain) * gates[:, None]).double().square().sum(1)

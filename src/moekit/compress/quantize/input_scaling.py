@@ -150,7 +150,7 @@ class _Watch(TorchDispatchMode):
     def _copy(self, source: Tensor, out: Tensor) -> None:
         for known in (self.uses, self._parameters):
             if _storage(source) in known:
-                known[_storage(out)] = known[_storage(source)]  # type: ignore[index, assignment]
+                known[_storage(out)] = known[_storage(source)]  # type: ignore[assignment]
                 self._alive.append(out)
 
     def _record(self, func: Any, args: tuple, given: list[Tensor]) -> None:
@@ -193,7 +193,7 @@ def _trace(model: PreTrainedModel, sites: list[MoESite], family: str) -> dict[st
             module.register_forward_hook(partial(followed, path))
     for site in sites:
         if site.kind == "seam":
-            site.experts.forward = partial(seen, site.experts_path)  # type: ignore[method-assign]
+            site.experts.forward = partial(seen, site.experts_path)
     ids = torch.zeros(1, TRACED, dtype=torch.long, device="meta")
     try:
         with torch.no_grad(), watch:

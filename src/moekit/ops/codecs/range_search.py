@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit.ops.codecs.codec import Codec, Encoded
 from moekit.ops.codecs.grid import Grid, GridCodec, spread
 
 
@@ -37,6 +38,16 @@ def searched_fit(
         least = torch.where(better, loss, least)
         best = {name: torch.where(better, grid[name], best[name]) for name in best}
     return best
+
+
+def searched_encode(codec: Codec, weight: Tensor, reach: float) -> Encoded:
+    """A matrix [O, I] rounded to nearest on searched grids; plainly where there is no range."""
+    if reach <= 0 or not isinstance(codec, GridCodec) or not codec.can_shrink:
+        return codec.encode(weight)
+    grouped = weight.float().unflatten(1, (-1, codec.group_size))
+    grid = searched_fit(codec, grouped, reach=reach)
+    plane = codec.pack(codec.nearest(grouped, spread(grid)), grid)
+    return Encoded((weight.shape[0], weight.shape[1]), (plane,))
 
 
 def _loss(

@@ -1,0 +1,326 @@
+"""The values of quantized experts, computed one expert at a time while a model is written.
+
+One kernel: scale the channels as the plan says, then round to nearest or by GPTQ, in the codec of
+the bits that the plan gives the expert. The methods are settings of it; what differs between them
+before that (scales, bits) is in the plan. Shapes: O rows, I columns, D width, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.compress.quantize.expert_scaling import ChannelScales
+from moekit.core.codec_choice import codec_at
+from moekit.core.errors import UserError
+from moekit.core.expert_weights import ExpertWeights
+from moekit.core.packed import CodecChoice
+from moekit.core.plan import ExpertPlan
+from moekit.core.registry import Option, register_preset
+from moekit.core.rewrite import EncodedExpert, Read, Rewrite
+from moekit.core.stats import ExpertStats
+from moekit.ops.codecs import Codec, Encoded
+from moekit.ops.codecs.plain import PlainCodec
+from moekit.ops.codecs.range_search import searched_encode
+from moekit.ops.gptq import BLOCK, DAMP, gptq_encode
+
+NEAREST, GPTQ = "nearest", "gptq"
+SOLVERS = (NEAREST, GPTQ)
+POOLED = "pooled"
+FALLBACKS = (POOLED, NEAREST)
+MIN_TOKENS = 32
+# Edits of an expert after which the moments of its inputs are no longer those that were collected.
+_MOVED = ("group", "width", "rank")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An expert with fewer tokens than asked for: its decoder layer, id, tokens and what was done
+    instead of GPTQ on its own inputs."""
+
+    layer: int
+    expert: int
+    tokens: int
+    done: str
+
+
+class RoundedExperts(Rewrite):
+    """A rewrite that rounds experts; see `quantizer` for its options.
+
+    `fallbacks` lists the experts with too few tokens, as far as they were computed.
+    """
+
+    def __init__(
+        self,
+        plan: ExpertPlan,
+        stats: ExpertStats | None,
+        options: RoundingOptions,
+    ) -> None:
+        options.check()
+        edits = [name for name in _MOVED if name in plan.uses()]
+        if (edits and options.solver == GPTQ) or plan.tensors.neurons:
+            raise UserError(
+                f"The plan also has {', '.join(edits) or 'neuron orders'}, after which the inputs "
+                "that were profiled are not those of the experts. Apply it first, profile the "
+                "result and quantize that."
+            )
+        self._kind = self.codec = CodecChoice(options.codec, options.group_size)
+        self.options = options
+        self.fallbacks: list[Fallback] = []
+        self.identity: Mapping[str, Any] = {
+            **asdict(options),
+            "stats": None if stats is None else stats.digest(),
+        }
+        self._plan = plan
+        self._moments = None if stats is None else _Moments(stats)
+        if options.solver == GPTQ and self._moments is None:
+            raise UserError("gptq needs stats with the set full: give --stats or --data.")
+
+    def expert(
+        self, layer: int, expert: int, members: Mapping[int, float], read: Read
+    ) -> EncodedExpert:
+        if len(members) > 1:
+            raise UserError(
+                f"Layer {layer}: experts {sorted(members)} are folded into one. Apply that plan "
+                "first, then quantize the result."
+            )
+        bits = self._plan.action(layer, expert).bits
+        choice = self._kind if bits is None else codec_at(bits, self._kind)
+        original, scales = read(expert), self.scales(layer, expert)
+        scaled = scales.apply(original)
+        matrices = self._encode(choice.make(), layer, expert, scaled, scales)
+        vectors = {
+            name: part.to(getattr(original, name).dtype)
+            for name, part in scaled.tensors().items()
+            if name not in matrices
+        }
+        return EncodedExpert(choice.make(), matrices, vectors)
+
+    def scales(self, layer: int, expert: int) -> ChannelScales:
+        """The scales that the plan has for an expert of a decoder layer."""
+        held = self._plan.tensors.fit
+        return ChannelScales(held.get(f"inputs.{layer}"), held.get(f"middle.{layer}.{expert}"))
+
+    def _encode(
+        self,
+        codec: Codec,
+        layer: int,
+        expert: int,
+        scaled: ExpertWeights,
+        scales: ChannelScales,
+    ) -> dict[str, Encoded]:
+        parts = scaled.tensors()
+        readers = [name for name in ("gate", "up") if name in parts]
+        inputs, middle = self._hessians(codec, layer, expert)
+        # Gate and up read the same inputs, so their rows are one matrix.
+        both = self._round(
+            codec, torch.cat([parts[name] for name in readers]), _rescaled(inputs, scales.inputs)
+        )
+        matrices: dict[str, Encoded] = {}
+        start = 0
+        for name in readers:
+            rows = len(parts[name])
+            matrices[name] = _rows(both, start, start + rows)
+            start += rows
+        matrices["down"] = self._round(codec, parts["down"], _rescaled(middle, scales.middle))
+        return matrices
+
+    def _round(self, codec: Codec, weight: Tensor, hessian: Tensor | None) -> Encoded:
+        options = self.options
+        if hessian is not None:
+            return gptq_encode(
+                weight,
+                hessian,
+                codec,
+                damp=options.damp,
+                act_order=options.act_order,
+                block=options.block,
+                reach=options.reach,
+            )
+        return searched_encode(codec, weight, options.reach)
+
+    def _hessians(
+        self, codec: Codec, layer: int, expert: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The moments of an expert's input and middle; None for rounding to nearest."""
+        if self.options.solver == NEAREST or isinstance(codec, PlainCodec):
+            return None, None
+        assert self._moments is not None
+        tokens = self._moments.tokens(layer, expert)
+        if tokens >= max(1, self.options.min_tokens):
+            return self._moments.input(layer, expert), self._moments.middle(layer, expert)
+        pooled = self.options.fallback == POOLED
+        done = "gptq on the inputs of all experts" if pooled else "rounded to nearest"
+        found = Fallback(layer, expert, tokens, done)
+        if found not in self.fallbacks:
+            self.fallbacks.append(found)
+        # The neurons of experts differ, so there is nothing to pool for the middle.
+        return (self._moments.pooled_input(layer) if pooled else None), None
+
+
+class _Moments:
+    """The input moments of one layer at a time, by decoder layer."""
+
+    def __init__(self, stats: ExpertStats) -> None:
+        self._stats = stats
+        self._position = {layer.index: at for at, layer in enumerate(stats.layers)}
+        self._held: dict[tuple[int, str], Tensor] = {}
+
+    def tokens(self, layer: int, expert: int) -> int:
+        return int(self._get(layer, "moment_tokens")[expert])
+
+    def input(self, layer: int, expert: int) -> Tensor:
+        return self._get(layer, "input_second")[expert]
+
+    def middle(self, layer: int, expert: int) -> Tensor:
+        return self._get(layer, "middle_second")[expert]
+
+    def pooled_input(self, layer: int) -> Tensor:
+        """The moment of the layer's tokens, each counted once for each expert that it is in."""
+        return self._get(layer, "input_second").sum(0)
+
+    def _get(self, layer: int, name: str) -> Tensor:
+        if any(held != layer for held, _ in self._held):
+            self._held.clear()
+        if (layer, name) not in self._held:
+            self._held[layer, name] = self._stats.get(self._position[layer], name)
+        return self._held[layer, name]
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """The options of `quantizer`."""
+
+    codec: str
+    group_size: int
+    solver: str
+    reach: float
+    damp: float
+    act_order: bool
+    block: int
+    min_tokens: int
+    fallback: str
+
+    def check(self) -> None:
+        """Raise `UserError` for values that mean nothing."""
+        CodecChoice(self.codec, self.group_size).make()
+        for name, value, known in (
+            ("solver", self.solver, SOLVERS),
+            ("fallback", self.fallback, FALLBACKS),
+        ):
+            if value not in known:
+                raise UserError(f"--{name} {value} is unknown; there are {' and '.join(known)}.")
+        for name, number, low, high in (
+            ("reach", self.reach, 0.0, 0.95),
+            ("damp", self.damp, 0.0, 10.0),
+        ):
+            if not low <= number <= high:
+                raise UserError(f"--{name} {number:g} must lie between {low:g} and {high:g}.")
+        if self.block < 1 or self.min_tokens < 0:
+            raise UserError("--block must be at least 1 and --min-tokens at least 0.")
+
+
+def quantizer(
+    plan: ExpertPlan,
+    stats: ExpertStats | None,
+    *,
+    model: Path | None = None,
+    codec: str = "int4",
+    group_size: int = 32,
+    solver: str = NEAREST,
+    reach: float = 0.0,
+    damp: float = DAMP,
+    act_order: bool = True,
+    block: int = BLOCK,
+    min_tokens: int = MIN_TOKENS,
+    fallback: str = POOLED,
+) -> RoundedExperts:
+    """The rewrite that gives the experts of `plan` their rounded values.
+
+    `codec` and `group_size` hold an expert without bits of its own; the bits of the plan are of the
+    same kind. `solver` "gptq" needs `stats` with the set "full"; an expert with fewer than
+    `min_tokens` tokens falls back to the inputs of all experts ("pooled", its down projection is
+    rounded to nearest) or to rounding ("nearest"). `reach` is the largest share by which a range is
+    shrunk. `damp`, `act_order`, `block` are those of `ops.gptq.gptq`. Raises `UserError`.
+    """
+    options = RoundingOptions(
+        codec, group_size, solver, reach, damp, act_order, block, min_tokens, fallback
+    )
+    return RoundedExperts(plan, stats, options)
+
+
+def _rescaled(hessian: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """The moment of inputs that were divided by `scale` [I]."""
+    if hessian is None or scale is None:
+        return hessian
+    return hessian / (scale[:, None] * scale[None, :])
+
+
+def _rows(encoded: Encoded, start: int, stop: int) -> Encoded:
+    """Some rows of an encoded matrix: rows are the first axis of every array."""
+    planes = tuple(
+        {name: array[start:stop].contiguous() for name, array in plane.items()}
+        for plane in encoded.planes
+    )
+    return Encoded((stop - start, encoded.shape[1]), planes)
+
+
+_OPTIONS = (
+    Option("codec", "str", "how the experts are encoded (`moekit list --kind codec`)", "int4"),
+    Option("group_size", "int", "columns that share a scale: 32, 64 or 128", 32),
+    Option("reach", "float", "largest share by which the range of a group is shrunk", 0.0),
+)
+_GPTQ_OPTIONS = (
+    Option("damp", "float", "share of the mean diagonal that is added to the Hessian", DAMP),
+    Option("act_order", "bool", "columns of the largest inputs first", True),
+    Option("block", "int", "columns that are changed at once", BLOCK),
+    Option("min_tokens", "int", "tokens below which an expert falls back", MIN_TOKENS),
+    Option("fallback", "str", "for such experts: pooled or nearest", POOLED),
+)
+_SOLVER = Option("solver", "str", "nearest or gptq", NEAREST)
+
+for _name, _title, _paper, _needs, _own, _settings in (
+    ("rtn", "Round to nearest", "", ("weights",), (), {}),
+    (
+        "gptq",
+        "Column by column, each error made good by the columns still to come",
+        "GPTQ 2210.17323, QMoE 2310.16795",
+        ("weights", "data"),
+        _GPTQ_OPTIONS,
+        {"solver": GPTQ},
+    ),
+    (
+        "awq",
+        "Channels scaled by a search over the block's output, then rounded",
+        "AWQ 2306.00978",
+        ("weights", "data"),
+        (_SOLVER, *_GPTQ_OPTIONS),
+        {},
+    ),
+    (
+        "eaquant",
+        "One smoothing scale for all experts and the router, then rounded",
+        "EAQuant 2506.13329",
+        ("weights", "data"),
+        (_SOLVER, *_GPTQ_OPTIONS),
+        {},
+    ),
+):
+    register_preset(
+        quantizer,
+        _name,
+        kind="quantizer",
+        title=_title,
+        paper=_paper,
+        needs=_needs,
+        limits="Rounds weights only, not the rotations and activations of the paper."
+        if _name == "eaquant"
+        else "",
+        options=(*_OPTIONS, *_own),
+        settings=_settings,
+    )
