@@ -1,0 +1,98 @@
+"""`moekit merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekit.cli.common import JsonOption, SeedOption, ThreadsOption, note, output, progress
+from moekit.core.errors import UserError
+from moekit.core.memory import bytes_of, format_bytes
+
+SMALLEST_SHARD = 2**20
+
+
+def merge(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="YAML file, as mergekit's or with steps.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The directory to write; appears when it is complete.",
+            show_default=False,
+        ),
+    ],
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Size of a shard, such as 512MiB; 5GB unless given."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model at OUT when the new one is done.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an interrupted merge left.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and the models, and stop.")
+    ] = False,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge models of one family by a recipe.
+
+    Tensors are read, merged and written one after another, so memory does not grow with the models.
+    An interrupted merge goes on when the same command is given again.
+    """
+    with output(as_json) as printed:
+        from moekit.cli.common import set_up
+        from moekit.merge.recipe import load_merge
+
+        size = None if max_shard_size is None else bytes_of(max_shard_size)
+        if size is not None and size < SMALLEST_SHARD:
+            raise UserError(f"--max-shard-size {max_shard_size} is below 1 MiB")
+        recipes = load_merge(recipe)
+        set_up(seed, threads)
+        from moekit.merge.run import run_recipe
+
+        with progress("merge", "B") as update:
+            result = run_recipe(
+                recipes,
+                out,
+                seed=seed,
+                overwrite=overwrite,
+                restart=restart,
+                dry_run=dry_run,
+                progress=update,
+                note=note,
+                **({} if size is None else {"max_shard_bytes": size}),
+            )
+        models = list(dict.fromkeys(model for one in recipes for model in one.models))
+        steps = {one.name for one in recipes}
+        models = [model for model in models if model not in steps]
+        done = "would write" if dry_run else "wrote"
+        printed.line(
+            f"{done} {result.tensors} tensors, {format_bytes(result.bytes)}, from {len(models)} "
+            f"models of {format_bytes(result.source_bytes)} together"
+        )
+        if not dry_run:
+            printed.line(f"{out}: {result.seconds:.1f} s")
+        printed.result(
+            {
+                "out": str(out),
+                "dry_run": dry_run,
+                "models": models,
+                "tensors": result.tensors,
+                "bytes": result.bytes,
+                "source_bytes": result.source_bytes,
+                "resumed_bytes": result.resumed_bytes,
+                "seconds": result.seconds,
+            }
+        )

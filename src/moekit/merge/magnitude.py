@@ -1,0 +1,67 @@
+"""The k-th largest magnitude of a tensor that is read in blocks, exact, without sorting.
+
+Magnitudes of floats order like their bit patterns without the sign, so a selection on integers
+finds the threshold; entries equal to it are kept first come, first served, so that exactly k stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Integer types that hold the bits of a float, and the mask that takes its sign away.
+_BITS = {2: (torch.int16, np.uint16, 0x7FFF), 4: (torch.int32, np.uint32, 0x7FFFFFFF)}
+
+
+def magnitude_bits(values: Tensor) -> np.ndarray:
+    """The bit patterns of |values|, flat: uint16 for 16-bit floats, uint32 for 32-bit ones."""
+    signed, unsigned, mask = _BITS[values.dtype.itemsize]
+    return values.contiguous().view(signed).numpy().view(unsigned).reshape(-1) & unsigned(mask)
+
+
+@dataclass
+class Largest:
+    """Keeps the entries with bits above `threshold`, and the first `ties` of those equal to it."""
+
+    threshold: int
+    ties: int
+    total_ties: int
+
+    def __post_init__(self) -> None:
+        self._taken = 0
+
+    def keep(self, values: Tensor) -> Tensor:
+        """Mask of the entries of the next block that stay; blocks come in order."""
+        bits = magnitude_bits(values)
+        if self.ties == self.total_ties:
+            kept = bits >= self.threshold
+        else:
+            kept = bits > self.threshold
+            equal = np.flatnonzero(bits == self.threshold)
+            room = equal[: self.ties - self._taken]
+            kept[room] = True
+            self._taken += len(room)
+        return torch.from_numpy(kept).view(values.shape)
+
+    def restart(self) -> Largest:
+        """The same selection from the first block on."""
+        return Largest(self.threshold, self.ties, self.total_ties)
+
+
+def largest(blocks: Iterable[Tensor], count: int) -> Largest:
+    """Selection of the `count` largest magnitudes over all `blocks`; NaN counts as large.
+
+    `count` is at least 1 and at most the number of entries. Memory: one integer for each entry.
+    """
+    bits = np.concatenate([magnitude_bits(block) for block in blocks])
+    place = len(bits) - count
+    bits.partition(place)
+    threshold = int(bits[place])
+    # Behind the place are the larger ones and some equal; before it the smaller and the rest.
+    above = int(np.count_nonzero(bits[place:] > threshold))
+    total = int(np.count_nonzero(bits == threshold))
+    return Largest(threshold, count - above, total)

@@ -1,0 +1,260 @@
+"""From a recipe and its models to one job for every tensor of the result, not computed yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moekit.core.errors import UserError
+from moekit.core.seeds import generator
+from moekit.merge.consensus import Consensus
+from moekit.merge.job import REQUIRED, MergeMethod, Rows, TensorJob
+from moekit.merge.methods import SHARES, merge_methods
+from moekit.merge.parameters import Level, depth_of, resolve
+from moekit.merge.recipe import MergeRecipe, Slice, Source
+from moekit.merge.sources import MergeSources, common_shape, layer_of_name
+from moekit.merge.whole_model import majority_sign, whole_model_rules
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor of the result: how it is made, and the dtype it is written in."""
+
+    method: MergeMethod
+    job: TensorJob
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.job.shape
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def pieces(self, first: int = 0) -> Rows:
+        """(row, rows from there) from row `first` on, in order."""
+        for start, block in self.method.run(self.job):
+            block = block.to(self.dtype)
+            if block.ndim == 0:
+                yield 0, block
+            elif start + len(block) > first:
+                skip = max(0, first - start)
+                yield start + skip, block[skip:].contiguous()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the result and, for each source of its slice, the tensor it is made of."""
+
+    name: str
+    slice: Slice
+    names: tuple[str, ...]
+    depth: float
+
+
+def plan_merge(recipe: MergeRecipe, sources: MergeSources, seed: int) -> dict[str, MergedTensor]:
+    """Every tensor of the result by name, checked: methods, parameters, models, shapes.
+
+    Raises `UserError` for whatever in the request cannot be done.
+    """
+    methods = merge_methods(recipe.dialect)
+    _check_parameters(recipe, methods)
+    dtype = _dtype(recipe.dtype, "dtype") or (torch.float32 if recipe.dialect == "paper" else None)
+    out_dtype = _dtype(recipe.out_dtype, "out_dtype") or _dtype(recipe.dtype, "dtype")
+    made = {}
+    for place in _places(recipe, sources):
+        made[place.name] = _merged(recipe, place, sources, methods, dtype, out_dtype, seed)
+    return _with_thresholds(made)
+
+
+def _with_thresholds(tensors: dict[str, MergedTensor]) -> dict[str, MergedTensor]:
+    """Let the magnitudes of whole models compete, where the method wants it; reads all of it."""
+    by_method: dict[str, dict[str, MergedTensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.method.settings is not None and tensor.method.settings.whole_model:
+            by_method.setdefault(tensor.method.name, {})[name] = tensor
+    made = dict(tensors)
+    for method, mine in by_method.items():
+        jobs = [tensor.job for tensor in mine.values()]
+        first = jobs[0]
+        densities = [float(density) for density in first.per_model["density"]]
+        weights = [float(weight) for weight in first.per_model["weight"]]
+        for job in jobs:
+            if job.per_model["density"] != first.per_model["density"]:
+                raise UserError(
+                    f"{method}: the magnitudes of the whole model compete, so each model has one "
+                    f"density; {job.name} has another than {first.name}."
+                )
+        settings = next(iter(mine.values())).method.settings
+        assert settings is not None
+        rules = whole_model_rules(jobs, densities)
+        vote = settings.consensus or Consensus()
+        found = {"thresholds": rules, "zero_sign": majority_sign(jobs, rules, weights, vote)}
+        for name, tensor in mine.items():
+            job = dataclasses.replace(tensor.job, options={**tensor.job.options, **found})
+            made[name] = dataclasses.replace(tensor, job=job)
+    return made
+
+
+def result_layers(recipe: MergeRecipe, sources: MergeSources) -> list[int]:
+    """For every layer of the result, the layer of its first source it is made of."""
+    found: list[int] = []
+    for part in recipe.slices:
+        first, last = _span(part.sources[0], sources)
+        found += range(first, last)
+    return found
+
+
+def _places(recipe: MergeRecipe, sources: MergeSources) -> Iterator[_Place]:
+    offset = 0
+    for number, part in enumerate(recipe.slices):
+        spans = [_span(source, sources) for source in part.sources]
+        count = spans[0][1] - spans[0][0]
+        if any(last - first != count for first, last in spans):
+            told = [f"{s.model} {b - a}" for s, (a, b) in zip(part.sources, spans, strict=True)]
+            raise UserError(
+                f"slices[{number}]: the sources differ in their layers: {', '.join(told)}."
+            )
+        lead = sources[part.sources[0].model].tensors
+        for name in lead:
+            inside = layer_of_name(name)
+            if inside is None:
+                # Embeddings belong to the first slice, the norm and the head behind to the last.
+                wanted = 0 if "embed" in name else len(recipe.slices) - 1
+                if number == wanted:
+                    yield _Place(name, part, (name,) * len(part.sources), 0.0)
+                continue
+            before, layer, after = inside
+            place = layer - spans[0][0]
+            if not 0 <= place < count:
+                continue
+            names = tuple(f"{before}{first + place}{after}" for first, _ in spans)
+            yield _Place(f"{before}{offset + place}{after}", part, names, depth_of(place, count))
+        offset += count
+
+
+def _span(source: Source, sources: MergeSources) -> tuple[int, int]:
+    layers = sources[source.model].num_layers
+    first, last = source.layers or (0, layers)
+    if last > layers:
+        raise UserError(
+            f"layer_range [{first}, {last}] goes beyond the {layers} layers of {source.model}."
+        )
+    return first, last
+
+
+def _merged(
+    recipe: MergeRecipe,
+    place: _Place,
+    sources: MergeSources,
+    methods: Mapping[str, MergeMethod],
+    dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+    seed: int,
+) -> MergedTensor:
+    part = place.slice
+    rule = next((rule for rule in recipe.rules if rule.filter in place.name), None)
+    name = rule.method if rule is not None else (part.method or recipe.method or "")
+    method = _known_method(name, methods)
+    common: list[Level] = [part.parameters, recipe.parameters]
+    if rule is not None:
+        common = [rule.parameters, *common]
+    base = part.base or recipe.base
+    used = [
+        (source, tensor)
+        for source, tensor in zip(part.sources, place.names, strict=True)
+        if method.base == "none" or source.model != base
+    ]
+    method.check(len(used), base is not None)
+    tensors = {
+        f"{source.model}#{number}": _tensor(sources, source.model, tensor)
+        for number, (source, tensor) in enumerate(used)
+    }
+    below = None
+    if method.base != "none" and base is not None:
+        mine = [t for s, t in zip(part.sources, place.names, strict=True) if s.model == base]
+        below = _tensor(sources, base, mine[0] if mine else place.names[0])
+    shown = {model.partition("#")[0]: tensor for model, tensor in tensors.items()}
+    common_shape(place.name, shown if below is None else {**shown, str(base): below})
+
+    def value(key: str, default: Any, levels: Sequence[Level]) -> Any:
+        found = resolve(key, levels, place.name, place.depth, default)
+        if found is REQUIRED:
+            raise UserError(f"{method.name} needs the parameter {key}; {place.name} has none.")
+        return found
+
+    per_model = {
+        key: [value(key, default, [source.parameters, *common]) for source, _ in used]
+        for key, default in method.per_model.items()
+    }
+    options = {key: value(key, default, common) for key, default in method.options.items()}
+    own = (below if below is not None else next(iter(tensors.values()))).dtype
+    job = TensorJob(
+        place.name,
+        below,
+        list(tensors.values()),
+        per_model,
+        options,
+        dtype or own,
+        _generators(seed, place.name, list(tensors)),
+    )
+    return MergedTensor(method, job, out_dtype or own)
+
+
+def _generators(seed: int, tensor: str, models: list[str]) -> Callable[[int], torch.Generator]:
+    # By model and tensor, so that neither the order of tensors nor an interruption changes a draw.
+    return lambda number: generator(seed, f"merge {models[number]} {tensor}")
+
+
+def _tensor(sources: MergeSources, model: str, name: str) -> Any:
+    tensors = sources[model].tensors
+    if name not in tensors:
+        raise UserError(f"{model} has no tensor {name}, which the other models have.")
+    return tensors[name]
+
+
+def _known_method(name: str, methods: Mapping[str, MergeMethod]) -> MergeMethod:
+    if name in methods:
+        return methods[name]
+    near = difflib.get_close_matches(name, methods, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(methods))}"
+    raise UserError(f"no merge_method {name!r}: {hint}")
+
+
+def _check_parameters(recipe: MergeRecipe, methods: Mapping[str, MergeMethod]) -> None:
+    """Every parameter is one of a method that the recipe uses, and every share is one."""
+    names = [recipe.method, *(part.method for part in recipe.slices)]
+    names += [rule.method for rule in recipe.rules]
+    used = [_known_method(name, methods) for name in names if name is not None]
+    known = {key for method in used for key in (*method.per_model, *method.options)}
+    levels = [recipe.parameters, *(rule.parameters for rule in recipe.rules)]
+    for part in recipe.slices:
+        levels += [part.parameters, *(source.parameters for source in part.sources)]
+    for key, value in (item for level in levels for item in level.items()):
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            hint = f"did you mean {near[0]}?" if near else f"they take {', '.join(sorted(known))}"
+            told = ", ".join(dict.fromkeys(method.name for method in used))
+            raise UserError(f"{told} has no parameter {key!r}: {hint}")
+        if key in SHARES and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise UserError(f"{key} is {value}; it is a share, from 0 to 1.")
+
+
+def _dtype(name: str | None, key: str) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UserError(f"{key} {name!r} is unknown; there are {', '.join(DTYPES)}.")
+    return DTYPES[name]

@@ -1,0 +1,232 @@
+"""`merge`: stream a recipe's result to a directory, tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moekit.core.checkpoint import TensorInfo
+from moekit.core.errors import UserError
+from moekit.core.load import find_model
+from moekit.core.model_files import side_files
+from moekit.core.record import RECORD_FILE, FileHash, start_record
+from moekit.core.write_model import state_of
+from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
+from moekit.merge.plan import MergedTensor, plan_merge, result_layers
+from moekit.merge.recipe import MergeRecipe
+from moekit.merge.sources import MergeSource, MergeSources
+
+RECIPE_FILE = "moekit_merge.json"
+
+
+@dataclass
+class Merged:
+    """What a merge wrote, or in a dry run would write; sizes in bytes."""
+
+    out: Path
+    tensors: int
+    bytes: int
+    source_bytes: int
+    seconds: float = 0.0
+    resumed_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def merge(
+    recipe: MergeRecipe,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    names: Mapping[str, Path] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Merged:
+    """Write the result of one recipe to directory `out`.
+
+    `names` are results of earlier steps by name. Memory: a few blocks of a tensor for the methods
+    that work by entry, a few whole tensors of every model for the others. An interrupted merge
+    continues when called again with the same arguments. Raises `UserError` for everything in the
+    recipe, the models or the disk that stands in the way, before anything is written wherever that
+    can be known before.
+    """
+    target = Path(out)
+    check_output(target, overwrite)
+
+    def find(name: str) -> Path:
+        return names[name] if names and name in names else find_model(name)
+
+    with MergeSources(recipe.models, find) as sources:
+        tensors = plan_merge(recipe, sources, seed)
+        donor = _donor(recipe, sources)
+        result = Merged(
+            target,
+            len(tensors),
+            sum(tensor.nbytes for tensor in tensors.values()),
+            sum(source.checkpoint.nbytes for source in sources.by_name.values()),
+        )
+        if dry_run:
+            return result
+        record = start_record("merge", {"recipe": recipe_dict(recipe)}, seed=seed)
+        identity = {
+            "recipe": recipe_hash(recipe),
+            "seed": seed,
+            "files": {name: state_of(s.checkpoint) for name, s in sources.by_name.items()},
+        }
+        writer = CheckpointWriter(
+            target,
+            {name: TensorInfo(t.shape, t.dtype) for name, t in tensors.items()},
+            identity=identity,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            restart=restart,
+        )
+        with writer:
+            result.resumed_bytes = writer.resumed_bytes
+            if writer.resumed_bytes and note is not None:
+                note(writer.resume_note())
+            _write_tensors(writer, tensors, progress)
+            _write_files(writer, recipe, sources, donor, tensors)
+            record.inputs = [
+                FileHash.of(path) for s in sources.by_name.values() for path in s.checkpoint.files
+            ]
+            files = [FileHash.of(path, name) for name, path in writer.shard_paths().items()]
+            record.finish({"bytes": result.bytes, "tensors": result.tensors}, files)
+            writer.write_file(RECORD_FILE, record.to_json())
+            writer.commit()
+        result.seconds = record.seconds
+    return result
+
+
+def recipe_dict(recipe: MergeRecipe) -> dict[str, Any]:
+    """The recipe as plain data."""
+    import dataclasses
+
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=dict))
+    return plain
+
+
+def recipe_hash(recipe: MergeRecipe) -> str:
+    text = json.dumps(recipe_dict(recipe), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _donor(recipe: MergeRecipe, sources: MergeSources) -> MergeSource:
+    """The model that config and tokenizer come from: the base, else the first that is named."""
+    tokenizer = recipe.tokenizer
+    if isinstance(tokenizer, str) and tokenizer in sources.by_name:
+        return sources[tokenizer]
+    return sources[recipe.base or recipe.slices[0].sources[0].model]
+
+
+def _write_tensors(
+    writer: CheckpointWriter,
+    tensors: Mapping[str, MergedTensor],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    for name, first in writer.pending():
+        for row, piece in tensors[name].pieces(first):
+            writer.write_rows(name, row, piece)
+            if progress is not None:
+                progress(writer.written_bytes, writer.total_bytes)
+
+
+def _write_files(
+    writer: CheckpointWriter,
+    recipe: MergeRecipe,
+    sources: MergeSources,
+    donor: MergeSource,
+    tensors: Mapping[str, MergedTensor],
+) -> None:
+    copied, _ = side_files(donor.directory)
+    for name, path in copied.items():
+        if name != "README.md":
+            writer.write_file(name, path.read_bytes())
+    config = merged_config(recipe, sources, donor, tensors)
+    writer.write_file("config.json", json.dumps(config, indent=2) + "\n")
+    writer.write_file(RECIPE_FILE, json.dumps(recipe_dict(recipe), indent=2) + "\n")
+    writer.write_file("README.md", model_card(recipe))
+
+
+def merged_config(
+    recipe: MergeRecipe,
+    sources: MergeSources,
+    donor: MergeSource,
+    tensors: Mapping[str, MergedTensor],
+) -> dict[str, Any]:
+    """`config.json` of the result: the donor's, with the layers and the dtype that it has."""
+    config: dict[str, Any] = copy.deepcopy(donor.raw)
+    config.pop("quantization_config", None)
+    layers = result_layers(recipe, sources)
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict) or "num_hidden_layers" not in part:
+            continue
+        before = part["num_hidden_layers"]
+        part["num_hidden_layers"] = len(layers)
+        for key, value in part.items():
+            # What is listed by layer, such as the kind of its attention, moves with it.
+            if isinstance(value, list) and len(value) == before:
+                part[key] = [value[layer] for layer in layers]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtypes.pop()
+    return config
+
+
+def model_card(recipe: MergeRecipe) -> str:
+    """A README that says what was merged and how."""
+
+    import yaml
+
+    given = recipe_dict(recipe).items()
+    text = yaml.safe_dump({key: value for key, value in given if value}, sort_keys=False)
+    models = "\n".join(f"- {model}" for model in recipe.models)
+    method = recipe.method or "several methods"
+    return (
+        f"---\ntags: [merge, moekit]\n---\n# Merged by {method}\n\nMade by moekit from\n\n"
+        f"{models}\n\nwith this recipe:\n\n```yaml\n{text}```\n"
+    )
+
+
+def _is_result(place: Path, recipe: MergeRecipe) -> bool:
+    try:
+        written = json.loads((place / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(written == recipe_dict(recipe))
+
+
+def run_recipe(recipes: list[MergeRecipe], out: str | Path, **options: Any) -> Merged:
+    """Do the steps of a recipe in order; the last one's result is at `out`.
+
+    Results of the steps before it lie in `out.steps/` until it is done. Options as for `merge`.
+    """
+    import shutil
+
+    target = Path(out)
+    if len(recipes) == 1:
+        return merge(recipes[0], target, **options)
+    check_output(target, bool(options.get("overwrite")))
+    scratch = target.with_name(target.name + ".steps")
+    names: dict[str, Path] = {}
+    for recipe in recipes[:-1]:
+        assert recipe.name is not None
+        place = scratch / recipe.name
+        names[recipe.name] = place
+        if options.get("dry_run"):
+            raise UserError("--dry-run knows one merge at a time; give the steps one by one.")
+        if not _is_result(place, recipe):
+            scratch.mkdir(parents=True, exist_ok=True)
+            merge(recipe, place, names=names, **{**options, "overwrite": True})
+    result = merge(recipes[-1], target, names=names, **options)
+    shutil.rmtree(scratch)
+    return result

@@ -1,0 +1,122 @@
+"""The models that are merged: their tensors under common names, and the numbers of layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from moekit.core.architecture import meta_model, read_config
+from moekit.core.checkpoint import Checkpoint, read_json
+from moekit.core.deferred import Deferred
+from moekit.core.dequant import dequantize, quantization_of
+from moekit.core.errors import UserError
+from moekit.core.layout import deferred_tensors, to_model
+
+LAYER = re.compile(
+    r"^(?P<before>(?:.*?\.)?(?:layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..+)$"
+)
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """One model: its directory, config, and tensors by name."""
+
+    name: str
+    directory: Path
+    raw: dict[str, Any]
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Deferred]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+class MergeSources:
+    """Context manager that opens the models of a merge.
+
+    Where all hold the same names they keep them; where one is stored in another layout, all go by
+    the names of the model's parameters. Raises `UserError` for models of different families.
+    """
+
+    def __init__(self, names: Iterable[str], find: Callable[[str], Path]) -> None:
+        self._names = list(dict.fromkeys(names))
+        self._find = find
+        self._stack = ExitStack()
+        self.by_name: dict[str, MergeSource] = {}
+
+    def __enter__(self) -> MergeSources:
+        try:
+            for name in self._names:
+                self.by_name[name] = self._opened(name)
+            self._check_families()
+            found = [set(source.tensors) for source in self.by_name.values()]
+            if any(names != found[0] for names in found):
+                self.by_name = {n: _as_parameters(source) for n, source in self.by_name.items()}
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> MergeSource:
+        return self.by_name[name]
+
+    def _opened(self, name: str) -> MergeSource:
+        directory = self._find(name)
+        raw = read_json(directory / "config.json")
+        checkpoint = self._stack.enter_context(Checkpoint(directory))
+        tensors = deferred_tensors(checkpoint)
+        quantization = quantization_of(raw)
+        if quantization is not None:
+            tensors = dequantize(tensors, quantization)
+        return MergeSource(name, directory, raw, read_config(directory), checkpoint, tensors)
+
+    def _check_families(self) -> None:
+        first, *others = self.by_name.values()
+        for other in others:
+            if other.config.model_type != first.config.model_type:
+                raise UserError(
+                    f"{first.name} is a {first.config.model_type} and {other.name} a "
+                    f"{other.config.model_type}; models of one family can be merged."
+                )
+
+
+def _as_parameters(source: MergeSource) -> MergeSource:
+    mapped = to_model(source.tensors, meta_model(source.config))
+    return MergeSource(
+        source.name, source.directory, source.raw, source.config, source.checkpoint, mapped.tensors
+    )
+
+
+def layer_of_name(name: str) -> tuple[str, int, str] | None:
+    """(before, number, after) of a tensor in a decoder layer; None for one outside of them."""
+    match = LAYER.match(name)
+    return None if match is None else (match["before"], int(match["index"]), match["after"])
+
+
+def common_shape(name: str, tensors: Mapping[str, Deferred]) -> tuple[int, ...]:
+    """The shape that a tensor has in all models; `UserError` with the shapes where they differ."""
+    shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        told = ", ".join(f"{list(shape)} in {model}" for model, shape in shapes.items())
+        raise UserError(
+            f"{name} has different shapes: {told}. Only models of one shape can be merged; for "
+            "vocabularies of different sizes say tokenizer_source."
+        )
+    return next(iter(shapes.values()))

@@ -1,0 +1,101 @@
+"""Task vectors whose magnitudes compete over the whole model, as in the code of TIES (2306.01708).
+
+Two passes over the models find each one's threshold from counts of bit patterns, exactly and in
+constant memory; a third finds the sign that most entries of the model elected, which an entry gets
+whose votes cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moekit.merge.consensus import Consensus, elected_balance
+from moekit.merge.job import TensorJob
+from moekit.merge.magnitude import magnitude_bits
+from moekit.merge.sparsify import Blocks, Everything, Rule
+from moekit.merge.task_vectors import task_vector_blocks
+
+HALF = 16
+
+
+@dataclass
+class Above:
+    """Keeps every entry whose magnitude has at least the bits `threshold`."""
+
+    threshold: int
+    density: float
+
+    def masked(self, blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+        for block in blocks():
+            mask = torch.from_numpy(magnitude_bits(block) >= self.threshold).view(block.shape)
+            yield block, mask, self.density
+
+
+def whole_model_rules(jobs: Sequence[TensorJob], densities: Sequence[float]) -> list[Rule]:
+    """For each model the rule that keeps its share of the largest entries of the whole model.
+
+    With d entries of which the share p stays, the threshold is the (d - floor(d p))-th smallest
+    magnitude, and what equals it stays too: floor(d p) + 1 entries and ties, as published.
+    """
+    return [
+        Everything() if density >= 1 else Above(_threshold(jobs, model, density), density)
+        for model, density in enumerate(densities)
+    ]
+
+
+def majority_sign(
+    jobs: Sequence[TensorJob], rules: Sequence[Rule], weights: Sequence[float], vote: Consensus
+) -> int:
+    """The sign that more entries of the model elected, over those whose votes do not cancel."""
+    balance = 0
+    for job in jobs:
+        streams = [rule.masked(_blocks(job, number)) for number, rule in enumerate(rules)]
+        for parts in zip(*streams, strict=True):
+            values = torch.stack(
+                [
+                    block * mask * weight
+                    for (block, mask, _), weight in zip(parts, weights, strict=True)
+                ]
+            )
+            balance += elected_balance(values, vote)
+    return 1 if balance >= 0 else -1
+
+
+def _threshold(jobs: Sequence[TensorJob], model: int, density: float) -> int:
+    entries = sum(int(torch.Size(job.shape).numel()) for job in jobs)
+    place = max(entries - int(entries * density), 1)
+    width = jobs[0].dtype.itemsize * 8
+    high, below = _bin_of(_bits(jobs, model), place, lambda bits: bits >> (width - HALF), 1 << HALF)
+    if width == HALF:
+        return high
+    inside = (bits[bits >> HALF == high] for bits in _bits(jobs, model))
+    low, _ = _bin_of(inside, place - below, lambda bits: bits & 0xFFFF, 1 << HALF)
+    return (high << HALF) | low
+
+
+def _bin_of(
+    parts: Iterator[np.ndarray], place: int, index: Callable[[Any], Any], bins: int
+) -> tuple[int, int]:
+    """The bin that holds the entry at `place` (from 1, ascending), and how many lie before it."""
+    counts = np.zeros(bins, dtype=np.int64)
+    for bits in parts:
+        counts += np.bincount(index(bits).astype(np.int64), minlength=bins)
+    reached = np.cumsum(counts)
+    found = int(np.searchsorted(reached, place))
+    return found, int(reached[found] - counts[found])
+
+
+def _bits(jobs: Sequence[TensorJob], model: int) -> Iterator[np.ndarray]:
+    for job in jobs:
+        for block in _blocks(job, model)():
+            yield magnitude_bits(block)
+
+
+def _blocks(job: TensorJob, model: int) -> Blocks:
+    return task_vector_blocks(job.cast(job.base), job.tensors[model], job.block_rows)
