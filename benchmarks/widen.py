@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from moekit.core.checkpoint import Checkpoint
-from moekit.core.convert import Converted, Work, prepare, write_model
+from moekit.core.convert import prepare
 from moekit.core.deferred import Deferred, Region
 from moekit.core.errors import UserError
 from moekit.core.layout import PER_EXPERT
 from moekit.core.load import find_model
 from moekit.core.memory import bytes_of, format_bytes
 from moekit.core.seeds import generator
+from moekit.core.write_model import Converted, Work, write_model
 
 WIDTH_FIELD = "moe_intermediate_size"
 _EXPERT = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight")

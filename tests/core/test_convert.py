@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from moekit.core import convert as convert_module
+from moekit.core import write_model as write_module
 from moekit.core.convert import convert
 from moekit.core.errors import UserError
 from moekit.core.record import RunRecord
@@ -414,14 +414,14 @@ def test_source_that_changes_while_it_is_converted(tmp_path, monkeypatch):
     """A shard cut short in the middle is an error, never a crash or a finished output."""
     _, path = small(tmp_path)
     shard = path / "model.safetensors"
-    original = convert_module._write_tensors
+    original = write_module._write_tensors
 
     def cut(*arguments):
         with shard.open("r+b") as file:
             file.truncate(shard.stat().st_size // 2)
         original(*arguments)
 
-    monkeypatch.setattr(convert_module, "_write_tensors", cut)
+    monkeypatch.setattr(write_module, "_write_tensors", cut)
     with pytest.raises(UserError, match="became shorter"):
         convert(path, tmp_path / "out", "fused")
     assert not (tmp_path / "out").exists()

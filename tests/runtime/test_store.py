@@ -260,7 +260,7 @@ def test_short_reads_are_continued(packed, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 1, "version 1; this moekit reads versions 2 and 3. Convert the model again"),
+        ("version", 1, "version 1; this moekit reads versions 2 to 4. Convert the model again"),
         ("tile", 8, "is damaged: .*tile 8"),
         ("format", "other", "no header of a packed model"),
         ("id", "0" * 31, "is damaged"),

@@ -22,26 +22,41 @@ from moekit.core.layout import ExpertAxis, expert_axes, layer_of, with_num_exper
 from moekit.core.new_banks import NewBanks
 from moekit.core.new_experts import CodecAt, NewExperts, decode_expert
 from moekit.core.plan import ExpertPlan
+from moekit.core.result_shape import STOCK_ALIGN, ResultShape, result_shape
 from moekit.core.rewrite import EncodedExpert, Rewrite, changes_others
-from moekit.core.router_edit import edit_router_tensor, router_slots
+from moekit.core.router_edit import edit_router_tensor, with_dead_entries
 from moekit.core.spec import MoESpec, spec_of
 from moekit.core.spill import Spill
 from moekit.core.view import MoEView
 
-# Routers that hold expert ids or coordinates as data, not one row per expert.
-FIXED_SELECTION = ("hash", "product_key")
+Result = ExpertWeights | EncodedExpert
+
+
+@dataclass(frozen=True)
+class ResultLayer:
+    """The computed experts of a layer: `slots` are the original ids at the places of the router,
+    None for a dead one; `make(id)` computes an expert, which is to be padded to `width`."""
+
+    slots: list[int | None]
+    make: Callable[[int], Result]
+    width: int
 
 
 @dataclass
 class Applied:
     """The model after a plan: config, meta-device model, tensors, experts (before, after) of the
-    layers whose number changed, and what the user should know."""
+    layers whose number changed, and what the user should know.
+
+    `computed` has the layers whose experts are computed, by decoder layer; `tensors` has them too,
+    dense.
+    """
 
     config: PretrainedConfig
     model: PreTrainedModel
     tensors: dict[str, Deferred]
     experts: dict[int, tuple[int, int]]
     notes: list[str]
+    computed: dict[int, ResultLayer]
 
 
 def apply_plan(
@@ -53,59 +68,62 @@ def apply_plan(
     rewrite: Rewrite | None = None,
     codec_at: CodecAt,
     scratch: Path,
+    uneven: bool = False,
+    align: int = STOCK_ALIGN,
 ) -> Applied:
     """Apply `plan` to the parameters `tensors` of `model` (on the meta device, built of `config`).
 
     Router rows, biases and whatever else has one entry per expert are edited as the plan says; the
     experts are computed when they are read, by `rewrite` where there is one. `codec_at` gives the
-    codec for bits; `scratch` is a directory for the experts of one layer. Raises `UserError` for a
-    plan that does not fit the model and where no stock class could hold the result.
+    codec for bits; `scratch` is a directory for the experts of one layer; `uneven` and `align` are
+    as for `result_shape`. Raises `UserError` for a plan that does not fit the model and where no
+    class could hold the result.
     """
     spec = spec_of(model, config)
     plan.validate(spec)
-    slots = {
-        layer.layer_index: router_slots(plan, layer.layer_index, layer.num_experts)
-        for layer in spec.per_layer
-    }
-    before = {layer.layer_index: layer.num_experts for layer in spec.per_layer}
-    made, new_config, new_model = dict(tensors), config, model
-    experts: dict[int, tuple[int, int]] = {}
-    if any(len(slots[index]) != count for index, count in before.items()):
-        count = _common_count(slots, before)
-        _refuse_fixed_selection(spec)
-        new_config = with_num_experts(config, count)
-        new_model = meta_model(new_config)
-        _check_result(spec, spec_of(new_model, new_config), count)
-        experts = {index: (before[index], count) for index in slots}
-    notes = [
-        f"Layer {index}: the experts of a group are written as copies, one for each router row."
-        for index, kind in plan.routers.items()
-        if kind == "alias" and len(set(slots[index])) < len(slots[index])
-    ]
-    _edit_routers(plan, spec, model, new_model, made)
     experts_of = NewExperts(plan, rewrite, codec_at)
-    _new_banks(experts_of, spec, config, new_model, tensors, made, slots, Spill(scratch))
+    for layer in spec.per_layer:
+        experts_of.check_bits(layer, plan.survivors(layer.layer_index, layer.num_experts))
+    shape = result_shape(plan, spec, config, model, uneven=uneven, align=align)
+    made = dict(tensors)
+    _edit_routers(plan, spec, model, shape, made)
+    computed = _new_banks(experts_of, spec, config, shape, tensors, made, Spill(scratch))
     _replace_values(plan, made)
     if changes_others(rewrite):
         assert rewrite is not None
         _change_others(rewrite, spec, made, _bank_names(model))
-    return Applied(new_config, new_model, made, experts, notes)
+    before = {layer.layer_index: layer.num_experts for layer in spec.per_layer}
+    after = {i: sum(s is not None for s in ids) for i, ids in shape.slots.items()}
+    experts = {} if before == after else {i: (before[i], after[i]) for i in before}
+    notes = [*shape.notes, *_alias_notes(plan, shape, uneven)]
+    return Applied(shape.config, shape.model, made, experts, notes, computed)
+
+
+def _alias_notes(plan: ExpertPlan, shape: ResultShape, shares: bool) -> list[str]:
+    aliased = [i for i in plan.routers if len(set(shape.slots[i])) < len(shape.slots[i])]
+    if shares or not any(plan.router(i) == "alias" for i in aliased):
+        return []
+    return [
+        f"{len(aliased)} layers lead several router rows to one expert: it is written as copies, "
+        "one for each row. --to packed stores it once."
+    ]
 
 
 def _edit_routers(
     plan: ExpertPlan,
     spec: MoESpec,
     model: PreTrainedModel,
-    new_model: PreTrainedModel,
+    shape: ResultShape,
     made: dict[str, Deferred],
 ) -> None:
     """Edit what has one entry per expert; the experts themselves among it are only selected."""
-    if not any(_changes_router(plan, layer.layer_index) for layer in spec.per_layer):
+    dead = any(None in ids for ids in shape.slots.values())
+    if not dead and not any(_changes_router(plan, layer.layer_index) for layer in spec.per_layer):
         return
     banks = _bank_names(model)
     paths = {layer.path: layer.layer_index for layer in spec.per_layer}
     before = {layer.layer_index: layer.num_experts for layer in spec.per_layer}
-    for name, axis in _axes(model, new_model).items():
+    for name, axis in _axes(model).items():
         if name not in made:
             continue
         index = layer_of(name, paths)
@@ -114,13 +132,15 @@ def _edit_routers(
                 f"{spec.model_type}: {name} also depends on the number of experts but belongs to "
                 "no MoE layer, so experts cannot be dropped."
             )
+        slots = shape.slots[index]
         if name in banks:
-            slots = router_slots(plan, index, before[index])
-            entries = axis.entries(slots, before[index], made[name].shape[axis.axis])
+            kept = [slot for slot in slots if slot is not None]
+            entries = axis.entries(kept, before[index], made[name].shape[axis.axis])
             selected: Any = made[name].index_select(axis.axis, torch.tensor(entries))
             made[name] = selected
-        else:
-            made[name] = edit_router_tensor(plan, index, before[index], axis, made[name])
+            continue
+        edited = edit_router_tensor(plan, index, before[index], axis, made[name])
+        made[name] = with_dead_entries(name, edited, axis, slots)
 
 
 def _changes_router(plan: ExpertPlan, layer: int) -> bool:
@@ -133,49 +153,51 @@ def _bank_names(model: PreTrainedModel) -> set[str]:
     return {full for site in find_moe(model) for _, full in bank_names(site)}
 
 
-def _axes(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, ExpertAxis]:
-    if other is model:
-        # The number stays, as with alias tables; any other number shows the axes.
-        count = max(layer.num_experts for layer in MoEView(model))
-        other = meta_model(with_num_experts(model.config, 2 * count))
-    return expert_axes(model, other)
+def _axes(model: PreTrainedModel) -> dict[str, ExpertAxis]:
+    count = max(layer.num_experts for layer in MoEView(model))
+    return expert_axes(model, meta_model(with_num_experts(model.config, 2 * count)))
 
 
 def _new_banks(
     experts_of: NewExperts,
     spec: MoESpec,
     config: PretrainedConfig,
-    new_model: PreTrainedModel,
+    shape: ResultShape,
     tensors: dict[str, Deferred],
     made: dict[str, Deferred],
-    slots: dict[int, list[int]],
     spill: Spill,
-) -> None:
+) -> dict[int, ResultLayer]:
     """Put banks of computed experts into `made` for the layers where experts change."""
-    changed = [
-        layer.layer_index
-        for layer in spec.per_layer
-        if not experts_of.unchanged(layer.layer_index, slots[layer.layer_index])
-    ]
+    changed = set()
+    for each in spec.per_layer:
+        index, slots = each.layer_index, shape.slots[each.layer_index]
+        kept = [slot for slot in slots if slot is not None]
+        same = len(kept) == len(slots) and shape.widths[index] == each.expert_width
+        if not same or not experts_of.unchanged(index, kept):
+            changed.add(index)
     if not changed:
-        return
-    for spec_layer in spec.per_layer:
-        experts_of.check_bits(spec_layer, slots[spec_layer.layer_index])
+        return {}
     sources = expert_sources(tensors, config)
-    sites, layers = find_moe(new_model), MoEView(new_model).layers
+    sites, layers = find_moe(shape.model), MoEView(shape.model).layers
+    computed = {}
     for source, site, layer in zip(sources, sites, layers, strict=True):
         index = source.spec.layer_index
         if index not in changed:
             continue
-        make = functools.partial(_dense, experts_of, source)
-        banks = NewBanks(source, site, layer, slots[index], make, spill, tensors)
-        made.update(banks.tensors())
+        make = functools.partial(_result, experts_of, source)
+        slots, width = shape.slots[index], shape.widths[index]
+        computed[index] = ResultLayer(slots, make, width)
+        dense = functools.partial(_dense, make, source.views(0).down.dtype)
+        made.update(NewBanks(source, site, layer, slots, dense, spill, tensors).tensors())
+    return computed
 
 
-def _dense(experts_of: NewExperts, source: ExpertSource, expert: int) -> ExpertWeights:
-    dtype = source.views(expert).down.dtype
-    made: ExpertWeights | EncodedExpert = experts_of(source.spec.layer_index, expert, source.read)
-    return decode_expert(made, dtype)
+def _result(experts_of: NewExperts, source: ExpertSource, expert: int) -> Result:
+    return experts_of(source.spec.layer_index, expert, source.read)
+
+
+def _dense(make: Callable[[int], Result], dtype: torch.dtype, expert: int) -> ExpertWeights:
+    return decode_expert(make(expert), dtype)
 
 
 def _replace_values(plan: ExpertPlan, made: dict[str, Deferred]) -> None:
@@ -232,33 +254,3 @@ def _computed(tensor: Deferred, values: Callable[[Deferred], Tensor]) -> Deferre
         return block
 
     return Deferred(tensor.shape, tensor.dtype, read)
-
-
-def _common_count(slots: dict[int, list[int]], before: dict[int, int]) -> int:
-    counts = {index: len(ids) for index, ids in slots.items()}
-    low, high = (pick(counts, key=lambda index: counts[index]) for pick in (min, max))
-    if counts[low] != counts[high]:
-        raise UserError(
-            f"The plan leaves {counts[low]} of {before[low]} experts in layer {low} and "
-            f"{counts[high]} of {before[high]} in layer {high}. Stock model classes need the same "
-            "number in every MoE layer; drop as many in each."
-        )
-    return counts[low]
-
-
-def _refuse_fixed_selection(spec: MoESpec) -> None:
-    for layer in spec.per_layer:
-        if layer.selection in FIXED_SELECTION:
-            raise UserError(
-                f"Layer {layer.layer_index} of {spec.model_type} chooses experts by "
-                f"{layer.selection.replace('_', ' ')}, which has no rows to drop."
-            )
-
-
-def _check_result(before: MoESpec, after: MoESpec, count: int) -> None:
-    changed = [layer.num_experts for layer in after.per_layer]
-    if changed != [count] * len(before.per_layer):
-        raise UserError(
-            f"The config of {before.model_type} cannot be set to {count} experts in every MoE "
-            f"layer; it gives {changed}."
-        )

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto as auto
 
 from moekit.core.errors import UserError
+from moekit.core.uneven import LAYERS, graft_layers
 
 # In order of preference where a config does not name its architecture.
 _MAPPINGS = (
@@ -100,8 +101,16 @@ def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the model of `config` on the meta device: every shape and tie, no memory, no values.
 
-    Raises `UserError` where the values of the config do not fit together.
+    Layers that the config describes otherwise (`core.uneven`) are. Raises `UserError` where the
+    values of the config do not fit together.
     """
+    model = _meta_model(config)
+    if hasattr(config, LAYERS):
+        graft_layers(model, config, _meta_model)
+    return model
+
+
+def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
     build = architecture_of(config)
     try:
         with torch.device("meta"), no_init_weights():

@@ -7,11 +7,9 @@ model's parameters and back, and the writer pulls the result through memory piec
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers.core_model_loading import build_glob_alternation, dot_natural_
 
 from moekit.core.apply_plan import apply_plan
 from moekit.core.architecture import meta_model, read_config
-from moekit.core.checkpoint import Checkpoint, TensorInfo, read_json
+from moekit.core.checkpoint import Checkpoint, read_json
 from moekit.core.codec_choice import DEFAULT_CODEC, codec_at
 from moekit.core.deferred import Deferred
 from moekit.core.dequant import dequantize, quantization_of
@@ -34,53 +32,16 @@ from moekit.core.layout import (
     to_model,
     to_published,
 )
-from moekit.core.model_files import edited_config, side_files
+from moekit.core.model_files import edited_config
 from moekit.core.packed import CodecChoice
 from moekit.core.plan import ExpertPlan
-from moekit.core.record import RECORD_FILE, FileHash, start_record
 from moekit.core.registry import register_preset
+from moekit.core.result_shape import STOCK_ALIGN
 from moekit.core.rewrite import Rewrite
-from moekit.core.shards import Shard
-from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
+from moekit.core.write_model import Converted, Work, write_model
+from moekit.core.writer import DEFAULT_SHARD_BYTES, check_output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Read plus write on one slow disk; only for the forecast of a dry run.
-ASSUMED_BYTES_PER_SECOND = 200e6
-
-
-@dataclass
-class Converted:
-    """What a conversion wrote, or in a dry run would write. Sizes in bytes of tensor data.
-
-    `source_layout` and `layout` are "fused" or "per-expert"; `experts` maps layers to the number of
-    experts (before, after) where a plan changed it; `notes` is what the user should know.
-    """
-
-    out: Path
-    source_layout: str
-    layout: str
-    tensors: int
-    bytes: int
-    source_bytes: int
-    shards: int
-    resumed_bytes: int = 0
-    seconds: float = 0.0
-    experts: dict[int, tuple[int, int]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Work:
-    """A prepared conversion: what to write, in order, and the config that goes with it.
-
-    `unused` are the names of tensors that the model class has no place for.
-    """
-
-    tensors: dict[str, Deferred]
-    config: dict[str, Any]
-    unused: set[str]
-    result: Converted
 
 
 def convert(
@@ -137,6 +98,7 @@ def convert(
             dry_run=dry_run,
             progress=progress,
             note=note,
+            plan=plan,
         )
 
 
@@ -179,68 +141,6 @@ def plan_hash(plan: ExpertPlan | None) -> str | None:
     return None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
 
 
-def write_model(
-    work: Work,
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-    *,
-    max_shard_bytes: int,
-    overwrite: bool,
-    restart: bool,
-    dry_run: bool,
-    progress: Callable[[int, int], None] | None,
-    note: Callable[[str], None] | None,
-    shards: list[Shard] | None = None,
-    header: Callable[[Mapping[str, Path]], tuple[str, str]] | None = None,
-) -> Converted:
-    """Write prepared tensors, config, side files and record to `work.result.out`.
-
-    `options` tell one conversion from another when it resumes; `copy_code` among them is heeded.
-    `shards` lays the tensors out; `header` then gives the name and content of the file that says
-    where they lie, from the finished shards (name -> path). The rest is as for `convert`.
-    """
-    source, result = checkpoint.directory, work.result
-    copied, left_out = side_files(source, options["copy_code"])
-    if left_out:
-        result.notes.append(f"Not copied: {', '.join(left_out)}.")
-    record = None if dry_run else start_record("convert", {"model": source, **options})
-    writer = CheckpointWriter(
-        result.out,
-        {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in work.tensors.items()},
-        identity={"model": str(source.resolve()), "files": state_of(checkpoint), **options},
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        restart=restart,
-        shards=shards,
-    )
-    result.shards = len(writer.shard_files)
-    if record is None:
-        result.seconds = (result.bytes + result.source_bytes) / ASSUMED_BYTES_PER_SECOND
-        return result
-    with writer:
-        result.resumed_bytes = writer.resumed_bytes
-        if writer.resumed_bytes and note is not None:
-            note(writer.resume_note())
-        _write_tensors(writer, work.tensors, progress)
-        for name, path in copied.items():
-            writer.write_file(name, path.read_bytes())
-        writer.write_file("config.json", json.dumps(work.config, indent=2) + "\n")
-        if header is not None:
-            writer.write_file(*header(writer.shard_paths()))
-        record.inputs = [FileHash.of(path) for path in checkpoint.files]
-        record.finish(
-            {"bytes": result.bytes, "tensors": result.tensors},
-            [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
-        )
-        writer.write_file(RECORD_FILE, record.to_json())
-        writer.commit()
-    result.seconds = record.seconds
-    if note is not None:
-        for line in result.notes:
-            note(line)
-    return result
-
-
 register_preset(
     convert,
     FUSED,
@@ -268,25 +168,6 @@ def _check_places(source: Path, target: Path) -> None:
         raise UserError(f"{target} overlaps the model at {source}; give another output directory.")
 
 
-def state_of(checkpoint: Checkpoint) -> str:
-    """Changes when the source does: names, sizes and times of its files."""
-    files = [*checkpoint.files, checkpoint.directory / "config.json"]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
-def _write_tensors(
-    writer: CheckpointWriter,
-    tensors: Mapping[str, Deferred],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    for name, first in writer.pending():
-        for row, piece in tensors[name].pieces(first):
-            writer.write_rows(name, row, piece)
-            if progress is not None:
-                progress(writer.written_bytes, writer.total_bytes)
-
-
 def prepare(
     checkpoint: Checkpoint,
     to: str,
@@ -296,8 +177,13 @@ def prepare(
     *,
     rewrite: Rewrite | None = None,
     codec: CodecChoice = DEFAULT_CODEC,
+    uneven: bool = False,
+    align: int = STOCK_ALIGN,
 ) -> Work:
-    """What `convert` with these arguments would write, lazily; raises as it does."""
+    """What `convert` with these arguments would write, lazily; raises as it does.
+
+    `uneven` and `align` are as for `result_shape`.
+    """
     raw = read_json(checkpoint.directory / "config.json")
     config = original = read_config(checkpoint.directory)
     quantization = quantization_of(raw)
@@ -311,7 +197,7 @@ def prepare(
     with _default_dtype(dtype):
         model = meta_model(config)
         mapped = to_model(stored, model)
-        tensors, experts = mapped.tensors, {}
+        tensors, experts, computed = mapped.tensors, {}, {}
         if plan is not None or rewrite is not None:
             applied = apply_plan(
                 plan or ExpertPlan(),
@@ -321,9 +207,11 @@ def prepare(
                 rewrite=rewrite,
                 codec_at=lambda bits: codec_at(bits, codec).make(),
                 scratch=target.absolute().parent,
+                uneven=uneven,
+                align=align,
             )
             config, model, tensors = applied.config, applied.model, applied.tensors
-            experts = applied.experts
+            experts, computed = applied.experts, applied.computed
             notes += applied.notes
     unused = {name: stored[name] for name in mapped.unused}
     if dtype is not None:
@@ -352,7 +240,8 @@ def prepare(
     )
     ordered = {name: tensors[name] for name in sorted(tensors, key=dot_natural_key)}
     left = set(unused) & set(ordered)
-    return Work(ordered, edited_config(raw, original, config, dtype), left, result)
+    written = edited_config(raw, original, config, dtype)
+    return Work(ordered, written, left, result, computed)
 
 
 @contextmanager

@@ -52,8 +52,8 @@ def expert_sources(tensors: Mapping[str, Deferred], config: PretrainedConfig) ->
         for name, full in bank_names(site):
             if full not in tensors:
                 raise UserError(
-                    f"{full} is stored under the name of another layer: the experts of a model "
-                    "whose layers share them cannot be rewritten or packed."
+                    f"{full} is stored under the name of another layer: a model whose layers "
+                    "share their experts cannot be packed, nor its experts be rewritten."
                 )
             replace_parameter(site.experts, name, tensors[full])
             names.append(full)

@@ -25,7 +25,8 @@ Make = Callable[[int], ExpertWeights]
 class NewBanks:
     """The expert tensors of one MoE layer of the resulting model.
 
-    `slots` are the original ids of the resulting experts; an id that occurs twice is computed once.
+    `slots` are the original ids of the resulting experts; an id that occurs twice is computed once,
+    None is an expert of zeros.
     `make(id)` computes a dense expert, which is padded with zeros to the layer's width. The rows
     of an expert are made together and wait in `spill` for the banks that are written later.
     `stored` are the tensors of the original model, by the same names.
@@ -36,7 +37,7 @@ class NewBanks:
         source: ExpertSource,
         site: MoESite,
         layer: MoELayer,
-        slots: Sequence[int],
+        slots: Sequence[int | None],
         make: Make,
         spill: Spill,
         stored: Mapping[str, Deferred],
@@ -82,6 +83,9 @@ class NewBanks:
     def _rows(self, slot: int, name: str) -> Tensor:
         """The rows [block, ...] of one resulting expert in a bank."""
         expert = self._slots[slot]
+        if expert is None:
+            shape = (self._block, *self._shapes[name][1:])
+            return torch.zeros(shape, dtype=self._dtypes[name])
         kept = self._spill.get(self._source.spec.path, expert, name)
         if kept is not None:
             return kept

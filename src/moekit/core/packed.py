@@ -37,8 +37,9 @@ from moekit.ops.codecs import Codec, Encoded, Part, make_codec
 from moekit.ops.codecs.tiles import TILE_ROWS, tile, tiled_nbytes, tiled_shape, untile
 
 FORMAT = "moekit.packed"
-# A header has the least version that describes what is there; 3 brought encoded resident matrices.
-PLAIN_VERSION, ENCODED_VERSION = 2, 3
+# A header has the least version that describes what is there; 3 brought encoded resident matrices,
+# 4 records that several experts share.
+PLAIN_VERSION, ENCODED_VERSION, SHARED_VERSION = 2, 3, 4
 PAGE = 4096
 ALIGN = 64
 RECORD_HEADER = 64
@@ -73,7 +74,8 @@ def _made(name: str, group_size: int) -> Codec:
 class PackedLayer:
     """One MoE layer: the matrices [O, I] and biases [O] of an expert, and the codec of each.
 
-    `path` names the block; `layer_index` is the decoder layer.
+    `path` names the block; `layer_index` is the decoder layer. `record_of` says whose record each
+    expert of the router has, where several share one; their own where it is empty.
     """
 
     path: str
@@ -81,10 +83,20 @@ class PackedLayer:
     matrices: tuple[Part, ...]
     vectors: tuple[Part, ...]
     codecs: tuple[CodecChoice, ...]
+    record_of: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.record_of:
+            object.__setattr__(self, "record_of", tuple(range(len(self.codecs))))
 
     @property
     def num_experts(self) -> int:
         return len(self.codecs)
+
+    @property
+    def shares_records(self) -> bool:
+        """Whether several experts of the router have one record."""
+        return self.record_of != tuple(range(self.num_experts))
 
     def record(self, expert: int, plane: int) -> RecordLayout:
         """Where the arrays lie in the record of a plane."""
@@ -95,7 +107,7 @@ class PackedLayer:
 
     def tensor_name(self, expert: int, plane: int) -> str:
         """The name of a record in the files."""
-        return f"{self.path}.{expert}.plane{plane}"
+        return f"{self.path}.{self.record_of[expert]}.plane{plane}"
 
 
 @dataclass(frozen=True)
@@ -205,7 +217,8 @@ def check_record(
         return "it does not begin as a record does"
     if (found := checksum(record, crc32)) != crc:
         return f"its checksum is {found:08x} instead of {crc:08x}"
-    if (at, e, p, used) != (position, expert, plane, layout.used):
+    stored = header.layers[position].record_of[expert]
+    if (at, e, p, used) != (position, stored, plane, layout.used):
         return f"it says it is plane {p} of expert {e} of layer {at} with {used} bytes"
     if pack_id.hex() != header.id:
         return f"it belongs to another packed model ({pack_id.hex()} instead of {header.id})"
@@ -257,10 +270,15 @@ class PackedHeader:
     expert_files: tuple[str, ...]
     encoded: EncodedResident | None = None
 
+    def _version(self) -> int:
+        if any(layer.shares_records for layer in self.layers):
+            return SHARED_VERSION
+        return PLAIN_VERSION if self.encoded is None else ENCODED_VERSION
+
     def to_json(self) -> str:
         content = {
             "format": FORMAT,
-            "version": PLAIN_VERSION if self.encoded is None else ENCODED_VERSION,
+            "version": self._version(),
             "tile": TILE_ROWS,
             "id": self.id,
             "layers": [_layer_to_json(layer) for layer in self.layers],
@@ -285,10 +303,10 @@ class PackedHeader:
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise UserError(f"{path} is no header of a packed model.")
-        if content.get("version") not in (PLAIN_VERSION, ENCODED_VERSION):
+        if content.get("version") not in (PLAIN_VERSION, ENCODED_VERSION, SHARED_VERSION):
             raise UserError(
                 f"{path} has version {content.get('version')!r}; this moekit reads versions "
-                f"{PLAIN_VERSION} and {ENCODED_VERSION}. Convert the model again."
+                f"{PLAIN_VERSION} to {SHARED_VERSION}. Convert the model again."
             )
         try:
             return cls._parsed(content)
@@ -331,6 +349,7 @@ def _layer_to_json(layer: PackedLayer) -> dict[str, Any]:
         "vectors": _parts_to_json(layer.vectors),
         "codecs": [dataclasses.asdict(choice) for choice in table],
         "codec_of_expert": [table.index(choice) for choice in layer.codecs],
+        **({"record_of_expert": list(layer.record_of)} if layer.shares_records else {}),
     }
 
 
@@ -343,7 +362,7 @@ def _codec_from_json(content: Mapping[str, Any]) -> CodecChoice:
 
 
 def _encoded_from_json(content: Mapping[str, Any]) -> EncodedResident | None:
-    if content["version"] == PLAIN_VERSION:
+    if content["version"] == PLAIN_VERSION or "resident_codec" not in content:
         return None
     codec = _codec_from_json(content["resident_codec"])
     matrices = {}
@@ -372,7 +391,14 @@ def _layer_from_json(content: Mapping[str, Any]) -> PackedLayer:
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"codec_of_expert {numbers}")
     codecs = tuple(table[number] for number in numbers)
-    return PackedLayer(str(content["path"]), int(content["layer_index"]), matrices, vectors, codecs)
+    record_of = tuple(map(int, content.get("record_of_expert", range(len(codecs)))))
+    if len(record_of) != len(codecs) or any(
+        not 0 <= at < len(codecs) or record_of[at] != at or codecs[at] != codec
+        for at, codec in zip(record_of, codecs, strict=False)
+    ):
+        raise ValueError(f"record_of_expert {record_of}")
+    path, index = str(content["path"]), int(content["layer_index"])
+    return PackedLayer(path, index, matrices, vectors, codecs, record_of)
 
 
 def _size(value: Any) -> int:

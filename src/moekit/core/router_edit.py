@@ -6,6 +6,7 @@ expert) on one axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from moekit.core.deferred import Deferred
 from moekit.core.layout import ExpertAxis
 from moekit.core.plan import ExpertPlan
 from moekit.core.plan_compose import router_matrix
+
+# Below every score or logit, and within float16. Finite, since groups are ranked by sums.
+BARRED = -1e4
 
 
 def router_slots(plan: ExpertPlan, layer: int, num_experts: int) -> list[int]:
@@ -53,6 +57,30 @@ def edit_router_tensor(
     def read(region: Any) -> Tensor:
         mixed = mix_entries(matrix, tensor.read(), axis, num_experts)
         return mixed[tuple(slice(a, b) for a, b in region)]
+
+    return Deferred(tuple(shape), tensor.dtype, read)
+
+
+def with_dead_entries(
+    name: str, tensor: Deferred, axis: ExpertAxis, slots: Sequence[int | None]
+) -> Deferred:
+    """A tensor of the router with entries for dead experts (None in `slots`) between those of the
+    living: zeros, and in a bias a value that keeps them from being chosen."""
+    if None not in slots:
+        return tensor
+    fill = BARRED if name.rpartition(".")[2].endswith(("bias", "biases")) else 0.0
+    living = sum(slot is not None for slot in slots)
+    shape = list(tensor.shape)
+    shape[axis.axis] += (len(slots) - living) * axis.block
+
+    def read(region: Any) -> Tensor:
+        moved = tensor.read().movedim(axis.axis, 0)
+        own, rest = moved[: living * axis.block], moved[living * axis.block :]
+        padded = own.new_full((len(slots) * axis.block, *own.shape[1:]), fill)
+        places = [i for i, slot in enumerate(slots) if slot is not None]
+        padded[[i * axis.block + j for i in places for j in range(axis.block)]] = own
+        whole = torch.cat([padded, rest]).movedim(0, axis.axis)
+        return whole[tuple(slice(a, b) for a, b in region)]
 
     return Deferred(tuple(shape), tensor.dtype, read)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +19,20 @@ from typing import Any
 
 from moekit.core.architecture import read_config
 from moekit.core.checkpoint import Checkpoint
-from moekit.core.convert import ASSUMED_BYTES_PER_SECOND, prepare
+from moekit.core.codec_choice import DEFAULT_CODEC
+from moekit.core.convert import check_fit, prepare
 from moekit.core.deferred import Deferred
 from moekit.core.errors import UserError
 from moekit.core.layout import PER_EXPERT
 from moekit.core.memory import format_bytes
-from moekit.core.plan import ExpertPlan
+from moekit.core.model_card import ModelCard, read_card
+from moekit.core.packed import CodecChoice
+from moekit.core.plan import PLAN_FILE, ExpertPlan
 from moekit.core.record import FileHash, start_record
 from moekit.core.registry import register
+from moekit.core.rewrite import Rewrite
 from moekit.core.spec import spec_from_config
+from moekit.core.write_model import ASSUMED_BYTES_PER_SECOND
 from moekit.export.gguf_keys import add_keys, check_family, differences, family_of
 from moekit.export.gguf_tensors import gguf_tensors
 from moekit.export.gguf_types import FILE_TYPES, Encoding, check_type, encode, encoding_of
@@ -35,6 +41,7 @@ from moekit.export.gguf_vocab import add_vocabulary, read_vocabulary
 PIECE_BYTES = 16 * 2**20
 SUFFIX = ".partial"
 RECORD_SUFFIX = ".record.json"
+CARD_SUFFIX = ".md"
 
 
 @dataclass
@@ -72,6 +79,8 @@ def convert_gguf(
     out: str | os.PathLike[str],
     plan: ExpertPlan | None = None,
     *,
+    rewrite: Rewrite | None = None,
+    codec: CodecChoice = DEFAULT_CODEC,
     gguf_type: str = "f16",
     pre: str | None = None,
     overwrite: bool = False,
@@ -81,9 +90,11 @@ def convert_gguf(
 ) -> GgufResult:
     """Write the checkpoint in directory `model` as the GGUF file `out` in constant memory.
 
-    `plan` drops experts. `gguf_type` is one of `gguf_types.FILE_TYPES`; norms, biases and routers
-    stay in f32. `progress` gets (bytes written, all bytes), `note` lines for the user. A record of
-    the run lies beside the file. An interruption leaves nothing at `out`.
+    `plan` changes the experts and `rewrite` computes their values; the bits of a plan are rounded
+    by codecs of the kind of `codec`, and the decoded values written. `gguf_type` is one of
+    `gguf_types.FILE_TYPES`; norms, biases and routers stay in f32. `progress` gets (bytes written,
+    all bytes), `note` lines for the user. A record of the run lies beside the file, with a plan its
+    card as well. An interruption leaves nothing at `out`.
 
     Raises `UserError` for a family or variant that llama.cpp does not compute as transformers does,
     and for everything in the request, the checkpoint or the disk that stands in the way.
@@ -97,7 +108,8 @@ def convert_gguf(
     _check_target(target, overwrite)
     family = family_of(read_config(source).model_type)
     with Checkpoint(source) as checkpoint:
-        work = prepare(checkpoint, PER_EXPERT, plan, None, target)
+        check_fit(plan, rewrite)
+        work = prepare(checkpoint, PER_EXPERT, plan, None, target, rewrite=rewrite, codec=codec)
         config = read_config(work.config)
         spec = spec_from_config(config)
         check_family(family, config, spec)
@@ -136,6 +148,13 @@ def convert_gguf(
             _check_target(target, overwrite)
             os.replace(partial, target)
         target.with_name(target.name + RECORD_SUFFIX).write_text(record.to_json())
+        if plan is not None:
+            sizes = (result.source_bytes, result.bytes)
+            command = ["moekit", "convert", str(source), str(target), "--to", "gguf"]
+            command += ["--plan", PLAN_FILE]
+            card = ModelCard(str(source), shlex.join(command), plan, sizes, result.notes)
+            target.with_name(target.name + CARD_SUFFIX).write_text(card.text(read_card(source)))
+            plan.save(target.with_name(target.name + ".plan.json"))
     result.seconds = record.seconds
     if note is not None:
         for line in result.notes:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moekit.core.checkpoint import Checkpoint
-from moekit.core.convert import state_of
 from moekit.core.errors import UserError
 from moekit.core.pack import pack
 from moekit.core.packed import ENCODED_VERSION, PLAIN_VERSION
+from moekit.core.write_model import state_of
 
 FOLDER = "packed"
 

@@ -13,6 +13,7 @@ from moekit.core.find import find_moe
 from moekit.core.load import LoadedModel, load_tokenizer
 from moekit.core.machine import available_memory
 from moekit.core.memory import format_bytes
+from moekit.core.new_experts import pad_width, width_of
 from moekit.core.spec import MoESpec
 from moekit.core.view import MoEView
 from moekit.runtime.resident import expert_parameters, resident_model
@@ -48,5 +49,7 @@ def load_packed(directory: Path, dtype: str | None = None) -> LoadedModel:
             held[leaf] = nn.Parameter(values, requires_grad=False)
         for position, layer in enumerate(view):
             for expert in range(layer.num_experts):
-                layer.set_expert(expert, decoded(store.read(position, expert)))
+                made = decoded(store.read(position, expert))
+                width = width_of(layer.expert_views(expert))
+                layer.set_expert(expert, pad_width(made, width))
     return LoadedModel(model, load_tokenizer(directory), MoESpec.from_config(config))
