@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
+    from moekit.core.collect import Batch
     from moekit.core.load import LoadedModel
     from moekit.core.stats import ExpertStats
 
@@ -66,12 +67,38 @@ def stats_for(
     """
     if calibration.stats is not None:
         return open_stats(calibration.stats, model.spec, sets)
-    from moekit.core.collect import pad_batches
     from moekit.core.view import MoEView
-    from moekit.evaluate.sequences import sequence_length, sequences
-    from moekit.evaluate.text import read_texts, shuffled
+    from moekit.evaluate.sequences import sequence_length
     from moekit.profile import align_weights, profile
 
+    batches = batches_for(model, calibration)
+    align_weights(model.model)
+    stats = profile(
+        MoEView(model.model),
+        batches,
+        sets=sets,
+        all_tokens=calibration.all_tokens,
+        seed=calibration.seed,
+        scratch=scratch,
+        progress=progress,
+    )
+    length = sequence_length(model.model.config, calibration.seq_len)
+    stats.metadata = {**calibration.to_dict(), "seq_len": length}
+    return stats
+
+
+def batches_for(model: LoadedModel, calibration: Calibration) -> list[Batch]:
+    """The texts of a calibration as padded batches.
+
+    Raises `UserError` for a text in which there is nothing, a model without a tokenizer, and a
+    calibration that has statistics and no text.
+    """
+    from moekit.core.collect import pad_batches
+    from moekit.evaluate.sequences import sequence_length, sequences
+    from moekit.evaluate.text import read_texts, shuffled
+
+    if not calibration.data:
+        raise UserError("the method runs the model: give a text with --data, not --stats")
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer, so it cannot read --data; give --stats")
     texts = read_texts(calibration.data)
@@ -79,18 +106,7 @@ def stats_for(
         texts = shuffled(texts, calibration.seed)
     length = sequence_length(model.model.config, calibration.seq_len)
     samples = list(sequences(model.tokenizer, texts, length, calibration.max_tokens))
-    align_weights(model.model)
-    stats = profile(
-        MoEView(model.model),
-        list(pad_batches(samples, calibration.batch_size)),
-        sets=sets,
-        all_tokens=calibration.all_tokens,
-        seed=calibration.seed,
-        scratch=scratch,
-        progress=progress,
-    )
-    stats.metadata = {**calibration.to_dict(), "seq_len": length}
-    return stats
+    return list(pad_batches(samples, calibration.batch_size))
 
 
 def open_stats(path: Path, spec: Any, sets: Sequence[str]) -> ExpertStats:
