@@ -42,20 +42,6 @@ def from_rows(rows: Tensor, like: ExpertWeights, down_bias: Tensor | None = None
     return replace(like, **made)
 
 
-def permuted(expert: ExpertWeights, order: Tensor) -> ExpertWeights:
-    """The same function with neuron `order[j]` at place j, for an order [F]."""
-    made = {}
-    for name, part in expert.tensors().items():
-        if name in PARTS:
-            made[name] = part[:, order] if name == "down" else part[order]
-    return replace(expert, **made)
-
-
-def cut(expert: ExpertWeights, kept: Tensor) -> ExpertWeights:
-    """The expert with the neurons `kept` only, in their order."""
-    return permuted(expert, kept)
-
-
 def _by_neuron(name: str, part: Tensor) -> Tensor:
     part = part.float()
     return part.T if name == "down" else part if part.ndim == 2 else part.unsqueeze(1)

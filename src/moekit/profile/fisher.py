@@ -57,30 +57,32 @@ def add_fisher(
     banks = [bank for layer in layers for bank in _banks(layer)]
     if any(bank.is_meta for bank in banks):
         raise UserError("Fisher information needs the weights in memory; profile without --stream.")
+    squares = {bank: torch.zeros_like(bank, dtype=torch.float32) for bank in banks}
+    count = 0
     with _only_gradients_of(view.model, banks):
-        for number, (ids, inputs) in enumerate(_sequences(view, batches)):
+        for ids, inputs in _sequences(view, batches):
             # logits_to_keep and caches do not matter here: every position is predicted.
             logits = view.model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
-            drawn = _draw(logits.detach(), seed, number)
+            drawn = _draw(logits.detach(), seed, count)
             loss = functional.cross_entropy(logits, drawn, reduction="sum")
             gradients = torch.autograd.grad(loss, banks, allow_unused=True)
-            found = dict(zip(map(id, banks), gradients, strict=True))
-            for layer in layers:
-                _add_layer(layer, found, sums)
+            for bank, gradient in zip(banks, gradients, strict=True):
+                if gradient is not None:
+                    squares[bank].add_(gradient.float().square())
+            count += 1
+    for layer in layers:
+        sums.add(layer.position, "neuron_fisher", _by_neuron(layer, squares))
+        sums.add(layer.position, "fisher_sequences", torch.tensor(count))
 
 
-def _add_layer(layer: MoELayer, gradients: Mapping[int, Tensor | None], sums: Sums) -> None:
+def _by_neuron(layer: MoELayer, squares: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """The squares of a layer's banks [E, F, N], read as its weights are."""
+    experts = layer.experts
     held = SimpleNamespace(
-        **{flag: getattr(layer.experts, flag) for flag in FLAGS if hasattr(layer.experts, flag)}
+        **{flag: getattr(experts, flag) for flag in FLAGS if hasattr(experts, flag)},
+        **{name: squares[bank] for name, bank in experts.named_parameters(recurse=False)},
     )
-    for name, parameter in layer.experts.named_parameters(recurse=False):
-        gradient = gradients[id(parameter)]
-        setattr(held, name, torch.zeros_like(parameter) if gradient is None else gradient)
-    for expert in range(layer.num_experts):
-        rows = neuron_rows(bank_views(held, expert)).square()
-        shape = (layer.num_experts, *rows.shape)
-        sums.slot(layer.position, "neuron_fisher", shape, rows.device)[expert] += rows
-    sums.add(layer.position, "fisher_sequences", torch.tensor(1))
+    return torch.stack([neuron_rows(bank_views(held, e)) for e in range(layer.num_experts)])
 
 
 def _banks(layer: MoELayer) -> list[nn.Parameter]:

@@ -14,7 +14,8 @@ from moekit.compress.condense.segments import owners
 from moekit.compress.condense.subspace import subspace_average
 from moekit.compress.condense.zip_neurons import zip_neurons
 from moekit.core.expert_weights import ExpertWeights
-from moekit.core.neurons import cut, from_rows, neuron_rows, permuted
+from moekit.core.neurons import from_rows, neuron_rows
+from moekit.core.new_experts import select_neurons
 from moekit.ops.align import match_weights
 from tests.compress.condense.planted import INNER, inputs, middle, noisy, random_expert, run
 
@@ -26,7 +27,7 @@ def equal(first: ExpertWeights, second: ExpertWeights) -> bool:
 
 def shuffled(expert: ExpertWeights, seed: int = 3) -> ExpertWeights:
     order = torch.randperm(INNER, generator=torch.Generator().manual_seed(seed))
-    return permuted(expert, order)
+    return select_neurons(expert, order)
 
 
 KINDS = [(True, True), (True, False), (False, True), (False, False)]
@@ -47,13 +48,13 @@ def test_order_of_neurons_is_no_part_of_the_function(biased: bool, gated: bool) 
 
 def test_cut_to_all_neurons_is_the_expert() -> None:
     expert = random_expert(0, biased=True)
-    assert equal(cut(expert, torch.arange(INNER)), expert)
+    assert equal(select_neurons(expert, torch.arange(INNER)), expert)
 
 
 def test_neurons_of_weight_zero_can_go() -> None:
     expert = random_expert(0)
     expert.down[:, 4] = 0
-    rest = cut(expert, torch.tensor([n for n in range(INNER) if n != 4]))
+    rest = select_neurons(expert, torch.tensor([n for n in range(INNER) if n != 4]))
     assert torch.allclose(run(rest, inputs()), run(expert, inputs()), atol=1e-5)
 
 
@@ -62,8 +63,8 @@ def test_permuted_twins_merge_without_loss_only_when_aligned(biased: bool, gated
     expert = random_expert(0, biased, gated)
     twin = shuffled(expert)
     order = match_weights(neuron_rows(expert), neuron_rows(twin))
-    assert equal(permuted(twin, order), expert)
-    half = [Member(0.5, expert), Member(0.5, permuted(twin, order))]
+    assert equal(select_neurons(twin, order), expert)
+    half = [Member(0.5, expert), Member(0.5, select_neurons(twin, order))]
     assert equal(average(half), expert)
     lossy = average([Member(0.5, expert), Member(0.5, twin)])
     assert (run(lossy, inputs()) - run(expert, inputs())).norm() > 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
@@ -15,10 +16,11 @@ from moekit.core.stats import ExpertStats
 
 @dataclass(frozen=True)
 class LayerContext:
-    """One MoE layer: its statistics, its experts, and how much each matters.
+    """Experts of one MoE layer: their statistics, their weights, and how much each matters.
 
     `importance` [E] is a saliency; `read(e)` gives the original weights of expert e. What a
-    grouping leaves to chance is keyed by `seed`.
+    grouping leaves to chance is keyed by `seed`. Experts are numbered from 0; `ids` are their
+    numbers in the layer, all of it by default.
     """
 
     stats: ExpertStats
@@ -26,10 +28,35 @@ class LayerContext:
     importance: Tensor
     read: Callable[[int], ExpertWeights]
     seed: int = 0
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            count = self.stats.layers[self.position].num_experts
+            object.__setattr__(self, "ids", tuple(range(count)))
+
+    def only(self, experts: Sequence[int]) -> LayerContext:
+        """The same layer with some of its experts, numbered anew."""
+        chosen = list(experts)
+        return LayerContext(
+            self.stats,
+            self.position,
+            self.importance[chosen],
+            lambda e: self.read(chosen[e]),
+            self.seed,
+            tuple(self.ids[e] for e in chosen),
+        )
+
+    def statistic(self, name: str, axes: int) -> Tensor:
+        """A statistic of the layer with the experts in play on its first `axes` axes."""
+        values = self.stats.get(self.position, name)
+        for axis in range(axes):
+            values = values.index_select(axis, torch.tensor(self.ids, device=values.device))
+        return values
 
     @property
     def num_experts(self) -> int:
-        return self.stats.layers[self.position].num_experts
+        return len(self.ids)
 
     @property
     def index(self) -> int:

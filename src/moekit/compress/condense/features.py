@@ -24,8 +24,7 @@ EXACT = "donot_use_mm_for_euclid_dist"
 
 def router_logits(context: LayerContext) -> Array:
     """1 - (1 + cosine) / 2 of the router logits of two experts over all tokens (M-SMoE)."""
-    gram = context.stats.get(context.position, "logit_gram")
-    return _from_gram(gram[: context.num_experts, : context.num_experts])
+    return _from_gram(context.statistic("logit_gram", 2))
 
 
 def mean_output(context: LayerContext) -> Array:
@@ -35,7 +34,7 @@ def mean_output(context: LayerContext) -> Array:
 
 def output(context: LayerContext) -> Array:
     """Root mean square over all tokens of the distance of two experts' outputs."""
-    gram = context.stats.get(context.position, "output_gram").double()
+    gram = context.statistic("output_gram", 2).double()
     tokens = max(int(context.stats.get(context.position, "output_tokens")), 1)
     squares = gram.diagonal()
     apart = (squares[:, None] + squares[None] - 2 * gram).clamp_min(0) / tokens
@@ -44,7 +43,7 @@ def output(context: LayerContext) -> Array:
 
 def output_cosine(context: LayerContext) -> Array:
     """1 - (1 + cosine) / 2 of two experts' outputs over all tokens together."""
-    return _from_gram(context.stats.get(context.position, "output_gram"))
+    return _from_gram(context.statistic("output_gram", 2))
 
 
 def weights(context: LayerContext) -> Array:
@@ -80,7 +79,7 @@ def check_feature(feature: str) -> str:
 
 def mean_outputs(context: LayerContext) -> Tensor:
     """Mean output of every expert over all tokens [E, D]."""
-    total = context.stats.get(context.position, "output_sum").double()
+    total = context.statistic("output_sum", 1).double()
     return total / max(int(context.stats.get(context.position, "output_tokens")), 1)
 
 
