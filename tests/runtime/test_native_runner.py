@@ -135,6 +135,24 @@ def check_bits(store, **options):
     assert torch.equal(torch.stack(one_by_one), whole)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_latents_are_what_is_kept_of_latent_attention(packed, kv_dtype):
+    model, store = packed("deepseek_v3", kv_lora_rank=96)
+    runner = NativeRunner(store, kv_dtype=kv_dtype, threads=2)
+    layers = model.config.num_hidden_layers
+    assert (
+        runner.kv_bytes_per_token == layers * (96 + 32) * kv_dtype.itemsize
+    )  # the rotated key fills a vector
+    ids = prompt(150)  # several blocks of keys
+    expected = reference(model, ids)
+    logits, _ = run(runner, ids, all_positions=True)
+    # bfloat16 rounds the latents, by 2**-9 of each.
+    close = CLOSE if kv_dtype == torch.float32 else 2**-6
+    assert (logits - expected).abs().max() <= close * expected.abs().max()
+    seq = runner.new_sequence(150)
+    assert torch.equal(torch.cat([runner.forward([seq], [[token]]) for token in ids]), logits)
+
+
 def test_a_truncated_sequence_goes_on_as_a_fresh_one(packed):
     _, store = packed("mixtral")
     runner = NativeRunner(store)

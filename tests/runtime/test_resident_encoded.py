@@ -58,7 +58,7 @@ def linears(model):
         and id(module.weight) not in shared
         and module.out_features > 1
         and module.in_features % 32 == 0
-        and not name.endswith((".gate", ".router"))
+        and not name.endswith((".gate", ".router", ".kv_b_proj"))
         and not name.endswith("router.layer")
     }
 

@@ -24,6 +24,8 @@ from moekit.ops.codecs.tiles import TILE_ROWS
 
 # Rows are encoded in blocks of so many, whole tiles: the work arrays are several times as large.
 BLOCK_ROWS = 32 * TILE_ROWS
+# What families with latent attention call that matrix.
+FROM_LATENTS = ".kv_b_proj"
 
 
 @functools.lru_cache
@@ -52,7 +54,8 @@ def encoded_parts(
 
     Encoded are linear layers: attention, dense and shared MLPs, the output head. Left as they are:
     routers, which would choose otherwise; what is also an embedding, whose rows are read one by
-    one; and widths that do not split into groups.
+    one; the matrix from latents to keys and values, which is taken apart by heads; and widths that
+    do not split into groups.
     """
     model = meta_model(config)
     routers = {id(p) for site in find_moe(model) if site.router for p in site.router.parameters()}
@@ -64,6 +67,7 @@ def encoded_parts(
             continue
         # One output is the gate of a shared expert: a vector.
         fits = weight.shape[1] % choice.group_size == 0 and weight.shape[0] > 1
+        fits = fits and not path.endswith(FROM_LATENTS)
         if fits and id(module.weight) not in routers | embeddings and weight.is_floating_point():
             name = f"{path}.weight"
             made[name] = _encoded(weight, choice)

@@ -20,7 +20,7 @@ from moekit.core.find import MoESite, find_moe
 from moekit.core.layer_spec import LayerSpec, describe_layer
 from moekit.core.routing_rule import correction_bias, router_matrix
 from moekit.ops.native import ACTIVATIONS
-from moekit.ops.native.decoder import MAX_EXPERTS, MAX_GROUPS, MAX_HEAD_DIM, SCORES
+from moekit.ops.native.decoder import MAX_EXPERTS, MAX_GROUPS, MAX_HEAD_DIM, MAX_LATENT, SCORES
 from moekit.runtime.decoder_families import FAMILIES, Family
 
 # Kinds of rotary position whose angles depend on nothing but the position.
@@ -47,8 +47,8 @@ class RouterShape:
 class LayerShape:
     """A decoder layer: names of its tensors and modules, None for what it has not.
 
-    `projections` are the modules "q", "k", "v" and "o" of attention; with latents "q" and "k" are
-    applied to those of "q_a" and "kv_a". `moe` counts MoE layers. `mlp`
+    `projections` are the modules "q", "k", "v" and "o" of attention; with latents "q" is applied to
+    those of "q_a", and "k" makes keys and values of those of "kv_a". `moe` counts MoE layers. `mlp`
     are the gate, up and down projection of a dense layer, or of the shared experts, whose output
     `shared_gate` weighs.
     """
@@ -175,7 +175,10 @@ class _Reader:
         pairs = self.family.in_pairs
         self._check(width % _LANES == 0, f"a width of {width} is no multiple of {_LANES}")
         widest = max(dim, value_dim)
-        self._check(widest <= MAX_HEAD_DIM, f"heads of {widest} are wider than {MAX_HEAD_DIM}")
+        latent = heads.kv_latent
+        self._check(latent <= MAX_LATENT, f"a latent of {latent} is wider than {MAX_LATENT}")
+        narrow = latent > 0 or widest <= MAX_HEAD_DIM
+        self._check(narrow, f"heads of {widest} are wider than {MAX_HEAD_DIM}")
         self._check(dim % 2 == 0, f"heads of an odd width, {dim}")
         shared = heads.heads % heads.kv_heads == 0
         self._check(shared, f"{heads.heads} heads do not share {heads.kv_heads} key heads")

@@ -19,10 +19,11 @@ from moekit.ops.native.encode import encode_in_memory, nbytes_in_memory
 from moekit.ops.native.formats import KINDS, expert_format, matrix_format, plain_format
 from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
 from moekit.runtime.expert_formats import formats_of_layer
+from moekit.runtime.latent_heads import LatentHeads
 from moekit.runtime.pages import page_aligned
 from moekit.runtime.store import ExpertStore, StoreError
 
-MATRIX, VECTOR, TABLE = "matrix", "vector", "table"
+MATRIX, VECTOR, TABLE, HEADS = "matrix", "vector", "table", "heads"
 _OFFSETS = ("codes", "scale", "zero")
 
 
@@ -64,6 +65,7 @@ class DecoderWeights:
         self._codec = codec if self._encoded is None else self._encoded.codec.make()
         self._matrices: dict[str, Matrix] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._heads: dict[str, LatentHeads] = {}
         self._formats: list[Any] = []
         self._roles = roles_of(shape)
         infos = store.resident_info()
@@ -81,6 +83,7 @@ class DecoderWeights:
     def nbytes(self) -> int:
         """Bytes of all weights in memory."""
         tensors = [*(m.memory for m in self._matrices.values()), *self._tensors.values()]
+        tensors += [tensor for h in self._heads.values() for tensor in (h.keys, h.values)]
         memory = [tensor.untyped_storage() for tensor in tensors]
         return sum({held.data_ptr(): held.nbytes() for held in memory}.values())
 
@@ -113,6 +116,9 @@ class DecoderWeights:
                 self._tensors[name] = _aligned(stored.to(_table_dtype(stored.dtype)))
             if VECTOR in given:
                 self._tensors[name] = stored.to(torch.float32, copy=True)
+            if HEADS in given:
+                heads, kept = self.shape.heads, self._kept(stored.dtype)
+                self._heads[name] = LatentHeads.of(stored, heads, self.shape.value_dim, kept)
             if MATRIX in given:
                 self._matrices[name] = self._matrix(name, stored)
         if roles:
@@ -136,6 +142,8 @@ class DecoderWeights:
 
     def _needs_work(self, name: str, stored: torch.dtype) -> bool:
         """Whether a tensor holds a matrix that is not read as it is stored."""
+        if HEADS in self._roles.get(name, ()):
+            return True
         if MATRIX not in self._roles.get(name, ()) or self._is_shared(name, stored):
             return False
         if self._encoded_part(name) is not None:
@@ -218,7 +226,11 @@ class DecoderWeights:
         norms = ("before_attention", "after_attention", "before_mlp", "after_mlp")
         made = Layer(
             **{to: self._vector(name) for to, name in zip(norms, layer.norms, strict=True)},
-            **{part: self._projection(path) for part, path in layer.projections.items()},
+            **{
+                part: self._projection(path)
+                for part, path in layer.projections.items()
+                if f"{path}.weight" in self._matrices
+            },
             q_norm=self._vector(layer.q_norm),
             k_norm=self._vector(layer.k_norm),
             q_a_norm=self._vector(layer.q_a_norm),
@@ -228,6 +240,10 @@ class DecoderWeights:
             moe=-1 if layer.moe is None else layer.moe,
             shared_gate=self._vector(layer.shared_gate),
         )
+        heads = self._heads.get(f"{layer.projections['k']}.weight")
+        if heads is not None:
+            made.k_heads, made.v_heads = linears = heads.linears()
+            self._formats.append(linears)
         if layer.mlp is not None:
             format, address = self._mlp(layer.mlp)
             made.shared_format, made.shared = ctypes.pointer(format), address
@@ -338,7 +354,12 @@ def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
         heads = (layer.q_norm, layer.k_norm, layer.q_a_norm, layer.kv_a_norm, layer.sinks)
         for name in (*layer.norms, *heads, layer.shared_gate):
             add(name, VECTOR)
-        for path in (*layer.projections.values(), *(layer.mlp or ())):
+        for part, path in layer.projections.items():
+            if part == "k" and shape.kv_latent:
+                add(f"{path}.weight", HEADS)
+            else:
+                linear(path)
+        for path in layer.mlp or ():
             linear(path)
         if layer.router is not None:
             add(layer.router.weight, TABLE)

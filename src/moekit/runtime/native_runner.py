@@ -20,7 +20,7 @@ from moekit.core.architecture import read_config
 from moekit.core.errors import UserError
 from moekit.ops.codecs import Codec
 from moekit.ops.native import Pool, library
-from moekit.ops.native.decoder import KEY_BLOCK, ROW, Decoder, KvShape
+from moekit.ops.native.decoder import KEY_BLOCK, ROW, Decoder, KvShape, kv_shape
 from moekit.runtime.claim import Claim
 from moekit.runtime.decoder_shape import DecoderShape, NotSupportedError, decoder_shape
 from moekit.runtime.decoder_weights import DecoderWeights
@@ -124,13 +124,7 @@ class NativeRunner:
             )
         except NotSupportedError as reason:
             raise UserError(f"the native runner does not run this model: {reason}") from None
-        self.kv = KvShape(
-            len(self.shape.layers),
-            self.shape.kv_heads,
-            self.shape.head_dim,
-            self.shape.value_dim,
-            kv_dtype == torch.bfloat16,
-        )
+        self.kv = kv_shape(self._pool, self.weights.model)
         self.max_rows = max_rows
         self.observer = observer
         self.kv_bytes_per_token = self.kv.nbytes(KEY_BLOCK) // KEY_BLOCK

@@ -32,7 +32,11 @@ void Decoder::attend(int index) {
     {
         Clock clock(seconds[ATTEND]);
         Attention how{kv, model.heads, layer.window, model.attention_scale, layer.sinks};
-        attention(pool, how, index, rows.data(), T(), projected, projected_width(model), attended);
+        if (kv.is_latent)
+            attend_by_latents(layer, how, index);
+        else
+            attention(pool, how, index, rows.data(), T(), projected, projected_width(model),
+                      attended);
     }
     {
         Clock clock(seconds[OUTPUT]);
@@ -46,11 +50,18 @@ void Decoder::attend(int index) {
         dense(layer);
 }
 
-// The choice of experts, and the pairs of row and expert, those of an expert one after the other.
 void Decoder::route(const DecoderLayer& layer) {
+    {
+        Clock clock(seconds[ROUTE]);
+        router_logits(pool, layer.router, normed, T(), logits);
+    }
+    choose(layer);
+}
+
+// The choice of experts, and the pairs of row and expert, those of an expert one after the other.
+void Decoder::choose(const DecoderLayer& layer) {
     Clock clock(seconds[ROUTE]);
     const RouterRule& rule = layer.router.rule;
-    router_logits(pool, layer.router, normed, T(), logits);
     router_choose(pool, layer.router, logits, T(), ids, weights);
     shared_is_due = layer.shared_format != nullptr;
     K = rule.top_k + shared_is_due;
@@ -91,14 +102,16 @@ void Decoder::dense(const DecoderLayer& layer) {
     add(outputs, layer.after_mlp, nullptr);
 }
 
-void Decoder::experts(int index, const int32_t* which, const uint64_t* addresses, int32_t count) {
+void Decoder::experts(int index, const int32_t* which, const uint64_t* addresses, int32_t count,
+                      const ExpertFormat* const* formats) {
     Clock clock(seconds[EXPERTS]);
     const DecoderLayer& layer = layers[index];
     jobs.clear();
     for (int32_t i = 0; i < count; i++) {
         int32_t e = which[i], pairs = first_pair[e + 1] - first_pair[e];
         const void* base = reinterpret_cast<const void*>(addresses[i]);
-        if (pairs) jobs.push_back({layer.expert_formats[e], base, first_pair[e], pairs});
+        const ExpertFormat* format = formats ? formats[e] : layer.expert_formats[e];
+        if (pairs) jobs.push_back({format, base, first_pair[e], pairs});
     }
     if (shared_is_due)
         jobs.push_back({layer.shared_format, layer.shared, T() * layer.router.rule.top_k, T()});
@@ -116,7 +129,8 @@ void Decoder::experts_in_memory(int index, const uint64_t* addresses) {
             used.push_back(e);
             where.push_back(addresses[e]);
         }
-    experts(index, used.data(), where.data(), static_cast<int32_t>(used.size()));
+    int32_t count = static_cast<int32_t>(used.size());
+    experts(index, used.data(), where.data(), count, nullptr);
 }
 
 void Decoder::combine_pairs(int index) {
@@ -149,7 +163,8 @@ void decoder_free(Decoder* decoder) { delete decoder; }
 int64_t decoder_scratch(const DecoderModel* model) { return Layout(*model).size; }
 
 KvShape decoder_kv(const DecoderModel* m) {
-    return {m->layers, m->kv_heads, m->head_dim, m->value_dim, m->kv_is_bf16};
+    if (m->kv_latent) return {m->layers, 1, 2 * m->rotary_half, m->kv_latent, m->kv_is_bf16, 1};
+    return {m->layers, m->kv_heads, m->head_dim, m->value_dim, m->kv_is_bf16, 0};
 }
 
 void decoder_rotation(Decoder* d, int32_t layer, const float* cos, const float* sin) {
@@ -167,9 +182,13 @@ const float* decoder_weights(const Decoder* d) { return d->weights; }
 
 const float* decoder_hidden(const Decoder* d) { return d->normed; }
 
+float* decoder_scores(Decoder* d) { return d->logits; }
+
+void decoder_choose(Decoder* d, int32_t layer) { d->choose(d->layers[layer]); }
+
 void decoder_experts(Decoder* d, int32_t layer, const int32_t* experts, const uint64_t* addresses,
-                     int32_t count) {
-    d->experts(layer, experts, addresses, count);
+                     int32_t count, const ExpertFormat* const* formats) {
+    d->experts(layer, experts, addresses, count, formats);
 }
 
 void decoder_combine(Decoder* d, int32_t layer) { d->combine_pairs(layer); }

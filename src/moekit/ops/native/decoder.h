@@ -25,9 +25,12 @@ struct DecoderLayer {
     const float *before_attention, *after_attention;  // norms [D], null where there is none
     const float *before_mlp, *after_mlp;
     Linear q, k, v, o;
-    // Latent attention: q (if q_a is there) and k are applied to normalised latents of these, k
-    // gives keys without position and values of every head, and there is no v.
+    // Latent attention: q (if q_a is there) is applied to normalised latents of q_a, and those of kv_a
+    // are keys and values, so k and v are not there. For each head k_heads [kv_latent, head_dim
+    // without what is rotated] turns a query into one of latents, and v_heads [value_dim, kv_latent]
+    // what attention gives into the head's output.
     Linear q_a, kv_a;
+    const Linear *k_heads, *v_heads;
     const float *q_a_norm, *kv_a_norm;
     const float *q_norm, *k_norm;  // [head_dim], or as wide as the projection; null: none
     const float* sinks;            // [heads] or null
@@ -76,10 +79,14 @@ void decoder_attend(Decoder*, int32_t layer);
 const int32_t* decoder_ids(const Decoder*);
 const float* decoder_weights(const Decoder*);
 const float* decoder_hidden(const Decoder*);
-// Applies these experts, of the addresses given, to the rows that chose them. The first call also
-// applies the shared experts.
+// The logits of the router of the last MoE layer, [T, experts]; once they are changed,
+// decoder_choose chooses anew.
+float* decoder_scores(Decoder*);
+void decoder_choose(Decoder*, int32_t layer);
+// Applies these experts, of the addresses given, to the rows that chose them; `formats` [experts]
+// in place of the layer's, null for those. The first call also applies the shared experts.
 void decoder_experts(Decoder*, int32_t layer, const int32_t* experts, const uint64_t* addresses,
-                     int32_t count);
+                     int32_t count, const ExpertFormat* const* formats);
 // Adds up, always in the order of the choice. To be called when all chosen experts are done.
 void decoder_combine(Decoder*, int32_t layer);
 // logits [count, vocab] of these rows.

@@ -19,6 +19,9 @@ from moekit.ops.native.structures import ExpertFormat, Format
 # Positions of a sequence are allocated in multiples of it.
 KEY_BLOCK = 64
 MAX_HEAD_DIM = 256
+MAX_LATENT = 512
+# Numbers of which whole ones are stored.
+VECTOR = 32
 MAX_EXPERTS = 1024
 MAX_GROUPS = 64
 SCORES = ("softmax", "sigmoid")
@@ -61,6 +64,7 @@ class Layer(Structure):
         *((name, c_void_p) for name in ("before_attention", "after_attention")),
         *((name, c_void_p) for name in ("before_mlp", "after_mlp")),
         *((name, Linear) for name in ("q", "k", "v", "o", "q_a", "kv_a")),
+        *((name, POINTER(Linear)) for name in ("k_heads", "v_heads")),
         *((name, c_void_p) for name in ("q_a_norm", "kv_a_norm")),
         *((name, c_void_p) for name in ("q_norm", "k_norm", "sinks", "cos", "sin")),
         *((name, c_int32) for name in ("window", "moe")),
@@ -89,17 +93,31 @@ class Model(Structure):
 
 
 class KvShape(Structure):
-    """What a sequence keeps of each position."""
+    """What a sequence keeps of each position.
 
-    _fields_ = tuple(
-        (name, c_int32) for name in ("layers", "kv_heads", "head_dim", "value_dim", "is_bf16")
+    With latents there is one key head, of a rotated key of `head_dim` and a latent of `value_dim`.
+    """
+
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "kv_heads", "head_dim", "value_dim")),
+        *((name, c_int32) for name in ("is_bf16", "is_latent")),
     )
 
     def nbytes(self, capacity: int) -> int:
         """Bytes of the memory of a sequence with room for `capacity` positions."""
         padded = -(-capacity // KEY_BLOCK) * KEY_BLOCK
-        width = self.head_dim + -(-self.value_dim // 32) * 32
+        width = self.head_dim + -(-self.value_dim // VECTOR) * VECTOR
+        if self.is_latent:
+            width = sum(-(-part // VECTOR) * VECTOR for part in (self.head_dim, self.value_dim))
         return self.layers * self.kv_heads * padded * width * (2 if self.is_bf16 else 4)
+
+
+def kv_shape(pool: Pool, model: Model) -> KvShape:
+    """What a sequence of `model` keeps."""
+    function = pool.c.decoder_kv
+    function.restype, function.argtypes = KvShape, (POINTER(Model),)
+    made: KvShape = function(ctypes.byref(model))
+    return made
 
 
 _P, _I = c_void_p, c_int32
@@ -113,7 +131,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "decoder_ids": (_P, (_P,)),
     "decoder_weights": (_P, (_P,)),
     "decoder_hidden": (_P, (_P,)),
-    "decoder_experts": (None, (_P, _I, _P, _P, _I)),
+    "decoder_scores": (_P, (_P,)),
+    "decoder_choose": (None, (_P, _I)),
+    "decoder_experts": (None, (_P, _I, _P, _P, _I, _P)),
     "decoder_combine": (None, (_P, _I)),
     "decoder_logits": (None, (_P, _P, _I, _P)),
     "decoder_step": (None, (_P, _P, _I, _P, _P, _I, _P)),
@@ -168,12 +188,27 @@ class Decoder:
         """The hidden states [T, D] that the router saw; overwritten by `combine`."""
         return _view(self.c.decoder_hidden(self._handle), (self._rows, self.width), c_float)
 
-    def experts(self, layer: int, ids: Sequence[int], addresses: np.ndarray) -> None:
-        """Apply experts, whose records lie at `addresses` (uint64), to the rows that chose them."""
+    def scores(self, layer: int) -> np.ndarray:
+        """The router's logits [T, E] of a layer that was attended; `choose` goes by what is
+        written there."""
+        shape = (self._rows, self.layers[layer].router.rule.experts)
+        return _view(self.c.decoder_scores(self._handle), shape, c_float)
+
+    def choose(self, layer: int) -> None:
+        """Choose the experts of a layer anew."""
+        self.c.decoder_choose(self._handle, layer)
+
+    def experts(
+        self, layer: int, ids: Sequence[int], addresses: np.ndarray, formats: Any = None
+    ) -> None:
+        """Apply experts, whose records lie at `addresses` (uint64), to the rows that chose them.
+
+        `formats`, an array of pointers for all experts, takes the place of the layer's own.
+        """
         which = np.asarray(ids, np.int32)
         where = np.ascontiguousarray(addresses, np.uint64)
         self.c.decoder_experts(
-            self._handle, layer, which.ctypes.data, where.ctypes.data, len(which)
+            self._handle, layer, which.ctypes.data, where.ctypes.data, len(which), formats
         )
 
     def combine(self, layer: int) -> None:

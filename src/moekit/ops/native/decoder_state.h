@@ -26,9 +26,15 @@ private:
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// Queries, keys and values of a row, one after the other.
+inline void add_bias(float* to, const float* bias, int n) {
+    if (bias)
+        for (int i = 0; i < n; i++) to[i] += bias[i];
+}
+
+// Queries, keys and values of a row, one after the other; with latents only queries.
 inline int64_t projected_width(const DecoderModel& m) {
-    return (int64_t)m.heads * m.head_dim + (int64_t)m.kv_heads * (m.head_dim + m.value_dim);
+    int64_t keys = m.kv_latent ? 0 : (int64_t)m.kv_heads * (m.head_dim + m.value_dim);
+    return (int64_t)m.heads * m.head_dim + keys;
 }
 
 // The latents of a row: those of the queries, those of keys and values, and the rotated key.
@@ -36,15 +42,15 @@ inline int64_t latent_width(const DecoderModel& m) {
     return m.kv_latent ? m.q_latent + m.kv_latent + 2 * m.rotary_half : 0;
 }
 
-// What the latents of keys and values are expanded to, for each head.
-inline int64_t expanded_width(const DecoderModel& m) {
-    return m.kv_latent ? (int64_t)m.heads * (m.head_dim - 2 * m.rotary_half + m.value_dim) : 0;
+// The queries of a row as they are compared with latents.
+inline int64_t absorbed_width(const DecoderModel& m) {
+    return m.kv_latent ? (int64_t)m.heads * query_width(decoder_kv(&m)) : 0;
 }
 
 // Where everything lies in the one block of memory that a decoder holds.
 struct Layout {
-    int64_t x, normed, projected, latents, expanded, attended, logits, ids, weights, all_weights, pair_of, token_of,
-        outputs, size = 0;
+    int64_t x, normed, projected, latents, absorbed, attended, logits, ids, weights, all_weights;
+    int64_t pair_of, token_of, outputs, size = 0;
     int32_t top_k = 0, experts = 0;
 
     explicit Layout(const DecoderModel& m) {
@@ -59,7 +65,7 @@ struct Layout {
         normed = place(T * m.width);
         projected = place(T * projected_width(m));
         latents = place(T * latent_width(m));
-        expanded = place(T * expanded_width(m));
+        absorbed = place(T * absorbed_width(m));
         attended = place(T * m.heads * m.value_dim);
         logits = place(T * experts);
         ids = place(T * top_k);
@@ -92,10 +98,12 @@ struct Decoder {
     std::vector<Row> rows;
     std::vector<int32_t> first_pair;  // [experts + 1] of the layer at hand
     std::vector<FfnJob> jobs;
+    std::vector<MatmulJob> head_jobs;
     int32_t K = 0;  // outputs a row has in the layer at hand, shared included
     bool shared_is_due = false;
 
-    float *x, *normed, *projected, *latents, *expanded, *attended, *logits, *weights, *all_weights, *outputs;
+    float *x, *normed, *projected, *latents, *absorbed, *attended, *logits, *weights;
+    float *all_weights, *outputs;
     int32_t *ids, *pair_of, *token_of;
 
     Decoder(const DecoderModel& m, Pool* p)
@@ -105,7 +113,7 @@ struct Decoder {
         auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
         auto ints = [base](int64_t offset) { return reinterpret_cast<int32_t*>(base + offset); };
         x = floats(at.x), normed = floats(at.normed), projected = floats(at.projected);
-        latents = floats(at.latents), expanded = floats(at.expanded);
+        latents = floats(at.latents), absorbed = floats(at.absorbed);
         attended = floats(at.attended), logits = floats(at.logits), weights = floats(at.weights);
         all_weights = floats(at.all_weights), outputs = floats(at.outputs);
         ids = ints(at.ids), pair_of = ints(at.pair_of), token_of = ints(at.token_of);
@@ -158,12 +166,15 @@ struct Decoder {
     void begin(const Row* given, int32_t count);
     void project(const DecoderLayer& layer, int index);
     void project_latents(const DecoderLayer& layer);
-    void expand(int64_t t);
+    void absorb(const DecoderLayer& layer, int index);
+    void attend_by_latents(const DecoderLayer& layer, const moekit::Attention& how, int index);
     void prepare(const DecoderLayer& layer, int index, int64_t t);
     void attend(int index);
     void route(const DecoderLayer& layer);
+    void choose(const DecoderLayer& layer);
     void dense(const DecoderLayer& layer);
-    void experts(int index, const int32_t* which, const uint64_t* addresses, int32_t count);
+    void experts(int index, const int32_t* which, const uint64_t* addresses, int32_t count,
+                 const ExpertFormat* const* formats);
     void experts_in_memory(int index, const uint64_t* addresses);
     void combine_pairs(int index);
     void finish(const int32_t* which, int32_t count, float* out);

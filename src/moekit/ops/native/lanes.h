@@ -9,7 +9,8 @@
 #else
 #define EVERY_ISA
 #endif
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_HERE inline __attribute__((always_inline))
+#define INLINE static INLINE_HERE
 
 #ifdef __GNUC__
 // Nothing here is called across files, so it does not matter how such a vector would be passed.

@@ -10,9 +10,11 @@ extern "C" {
 void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, int64_t x_stride,
              int32_t T) {
     if (count <= 0 || T <= 0) return;
-    const Source source{x, x_stride, nullptr};
     Inputs inputs(pool, Scratch::INPUT, count, [&](int j) {
-        const bool shared = j > 0 && alike(*jobs[j - 1].format, *jobs[j].format);
+        const bool own = jobs[j].x != nullptr;
+        const Source source{own ? jobs[j].x : x, own ? jobs[j].x_stride : x_stride, nullptr};
+        const bool shared = !own && j > 0 && jobs[j - 1].x == nullptr &&
+                            alike(*jobs[j - 1].format, *jobs[j].format);
         return Inputs::Wanted{jobs[j].format, source, T, shared};
     });
     RowShares shares(pool, count, [&](int j) { return jobs[j].format; });
@@ -29,7 +31,7 @@ void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, i
 
 void matmul(Pool* pool, const Format* format, const void* base, const float* x, int32_t T,
             float* y) {
-    const MatmulJob job{format, base, y, format->rows};
+    const MatmulJob job{format, base, y, format->rows, nullptr, 0};
     matmuls(pool, &job, 1, x, format->cols, T);
 }
 

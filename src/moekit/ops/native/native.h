@@ -77,10 +77,12 @@ typedef struct {
     const void* base;
     float* y;
     int64_t y_stride;
+    const float* x;    // of this job alone; null for the x of the call
+    int64_t x_stride;
 } MatmulJob;
 
 void matmul(Pool*, const Format*, const void* base, const float* x, int32_t T, float* y);
-// Several matrices times the same x, as one piece of work for the pool.
+// Several matrices times the same x, or each times its own, as one piece of work for the pool.
 void matmuls(Pool*, const MatmulJob*, int32_t jobs, const float* x, int64_t x_stride, int32_t T);
 
 // The pairs first, ..., first + count - 1 go through this expert.

@@ -54,13 +54,15 @@ class ExpertFormat(Structure):
 
 
 class MatmulJob(Structure):
-    """A matrix, and where its product goes."""
+    """A matrix, where its product goes, and what it is multiplied by if not by the call's x."""
 
     _fields_ = (
         ("format", POINTER(Format)),
         ("base", c_void_p),
         ("y", c_void_p),
         ("y_stride", c_int64),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
     )
 
 
