@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from widen import widen
-from workers import Worker
 
 import moekit
+from moekit.bench.workers import Worker
 from moekit.core.load import load_tokenizer, resolve_model
 from moekit.core.record import start_record
 from moekit.evaluate.text import read_texts

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ import torch
 from decoded import decoded_model
 from reference_gguf import write_gguf
 from reference_shapes import config_of, write_packed
-from workers import Worker
 
+from moekit.bench.turns import distance, in_turns, ratios, summarise, turn
+from moekit.bench.workers import Worker
 from moekit.core.architecture import meta_model
 from moekit.core.checkpoint import TensorInfo
 from moekit.core.pack import pack
@@ -46,8 +46,6 @@ Q4, Q4_READ, Q4_HEAD, Q8, F16 = (
     "llama.cpp f16",
 )
 TRANSFORMERS = "transformers bf16 grouped_mm"
-# What moekit is given; without a limit it plans with what the machine has left.
-MEMORY = {"r2": "18.5GB"}
 # moekit's error may be this many times that of transformers in bf16.
 TOLERANCE = 1.1
 
@@ -78,7 +76,7 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     steps: dict[str, tuple[str, Callable[[Path], Any]]]
     if shape == "r2":
         steps = {
-            INT4: ("int4", lambda out: write_packed(shape, out, resident_codec="int4")),
+            INT4: ("int4", lambda out: write_packed(shape, out)),
             Q4: ("q4_0.gguf", lambda out: write_gguf(shape, out, "q4_0")),
         }
     else:
@@ -99,23 +97,15 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     return {name: work / file for name, (file, _) in steps.items()}
 
 
-def start(name: str, paths: dict[str, Path], peer: str, shape: str = "r1") -> Worker:
+def start(name: str, paths: dict[str, Path], peer: str) -> Worker:
     if name == TRANSFORMERS:
         return Worker("worker_transformers.py", str(paths[name]))
     if name == INT4:
-        limit = MEMORY.get(shape)
-        more = () if limit is None else ("--memory", limit)
-        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4", *more)
+        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4")
     if name == BF16:
         return Worker("worker_moekit.py", str(paths[name]))
     mmap = () if name == Q4_READ else ("--mmap",)
     return Worker("worker_llama.py", str(paths[name]), *mmap, python=peer)
-
-
-def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Median over tokens of the relative distance of logits [T, V]."""
-    distance = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    return float(np.median(distance))
 
 
 def check(paths: dict[str, Path], peer: str) -> dict[str, float]:
@@ -133,12 +123,12 @@ def check(paths: dict[str, Path], peer: str) -> dict[str, float]:
 
     for name, codec in ((INT4, "int4"), (BF16, None)):
         exact = own(decoded_model(paths[name], codec))
-        found[f"{name} to decoded fp32"] = error(logits(name), exact)
+        found[f"{name} to decoded fp32"] = distance(logits(name), exact)
         plain = own(decoded_model(paths[name], codec, torch.bfloat16))
-        found[f"{name}: transformers bf16 to decoded fp32"] = error(plain, exact)
+        found[f"{name}: transformers bf16 to decoded fp32"] = distance(plain, exact)
         if name == BF16:
-            found[f"{F16} to fp32"] = error(logits(F16), exact)
-            found[f"{BF16} to {F16}"] = error(logits(BF16), logits(F16))
+            found[f"{F16} to fp32"] = distance(logits(F16), exact)
+            found[f"{BF16} to {F16}"] = distance(logits(BF16), logits(F16))
         limit = TOLERANCE * found[f"{name}: transformers bf16 to decoded fp32"]
         if found[f"{name} to decoded fp32"] > limit:
             sys.exit(f"{name} is further from fp32 than {limit:.4f}: {json.dumps(found)}")
@@ -150,33 +140,9 @@ def tokens(seed: int, count: int, shape: str) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
 
 
-def turn(worker: Worker, shape: str, seed: int) -> dict[str, float]:
-    """One prompt and its continuation; ms a token is the median of the steps."""
-    prompt, steps = tokens(seed, PROMPT, shape), tokens(seed + 1000, STEPS, shape)
-    seconds = worker.call("prefill", ids=prompt)
-    decode = worker.call("decode", ids=steps)
-    return {
-        "prefill_tokens_per_second": PROMPT / seconds,
-        "decode_ms": 1000 * statistics.median(decode),
-    }
-
-
-def in_turns(
-    names: list[str], paths: dict[str, Path], peer: str, shape: str, rounds: int
-) -> dict[str, Any]:
-    """All programs open at once, taking turns."""
-    with ExitStack() as stack:
-        open_ = {name: stack.enter_context(start(name, paths, peer, shape)) for name in names}
-        for worker in open_.values():
-            turn(worker, shape, 0)
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for number in range(1, rounds + 1):
-            for name, worker in open_.items():
-                rows[name].append(turn(worker, shape, number))
-        return {
-            name: {"opening_seconds": w.opening, "memory": w.call("memory"), "rounds": rows[name]}
-            for name, w in open_.items()
-        }
+def texts(shape: str) -> Callable[[int], tuple[list[int], list[int]]]:
+    """Prompt and continuation of a round."""
+    return lambda seed: (tokens(seed, PROMPT, shape), tokens(seed + 1000, STEPS, shape))
 
 
 def one_by_one(
@@ -185,38 +151,16 @@ def one_by_one(
     """For programs that do not fit into memory together: each opened some times, in turns."""
     found: dict[str, Any] = {name: {"rounds": []} for name in names}
     for name in names * openings:
-        with start(name, paths, peer, shape) as worker:
+        with start(name, paths, peer) as worker:
             worker.call("prefill", ids=tokens(0, 512, shape))
             # llama.cpp has read everything by now; moekit reads an expert when it is first used.
             if name == INT4 and not worker.call("fill"):
                 sys.exit(f"the experts of {paths[name]} do not fit into memory")
             for number in range(1, rounds // openings + 1):
-                found[name]["rounds"].append(turn(worker, shape, number))
+                found[name]["rounds"].append(turn(worker, *texts(shape)(number)))
             found[name]["opening_seconds"] = worker.opening
             found[name]["memory"] = worker.call("memory")
     return found
-
-
-def summary(found: dict[str, Any]) -> None:
-    """The medians over the rounds of each program."""
-    for row in found.values():
-        for field in ("decode_ms", "prefill_tokens_per_second"):
-            row[field] = statistics.median(r[field] for r in row["rounds"])
-
-
-def ratios(found: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """How many times as fast the first of a pair is: the median over rounds of both."""
-    prefill, decode = "prefill_tokens_per_second", "decode_ms"
-    made = {}
-    for one, other in pairs:
-        rounds = list(zip(found[one]["rounds"], found[other]["rounds"], strict=True))
-        made[f"{one} / {other}"] = {
-            "decode": statistics.median(theirs[decode] / ours[decode] for ours, theirs in rounds),
-            "prefill": statistics.median(
-                ours[prefill] / theirs[prefill] for ours, theirs in rounds
-            ),
-        }
-    return made
 
 
 def main() -> None:
@@ -237,7 +181,8 @@ def main() -> None:
         metrics["check"] = check(paths, given.peer_python)
         names = [INT4, Q4, Q4_READ, Q4_HEAD, BF16, F16, Q8, TRANSFORMERS]
         paths[Q4_READ] = paths[Q4]
-        found = in_turns(names, paths, given.peer_python, given.shape, given.rounds)
+        programs = {name: partial(start, name, paths, given.peer_python) for name in names}
+        found = in_turns(programs, texts(given.shape), given.rounds)
         pairs = [(INT4, Q4), (INT4, Q4_READ), (INT4, Q4_HEAD), (BF16, F16)]
         pairs += [(INT4, TRANSFORMERS), (BF16, TRANSFORMERS)]
     else:
@@ -245,7 +190,7 @@ def main() -> None:
             [Q4, INT4], paths, given.peer_python, given.shape, given.rounds, given.openings
         )
         pairs = [(INT4, Q4)]
-    summary(found)
+    summarise(found)
     metrics |= {"programs": found, "ratios": ratios(found, pairs)}
     file = RESULTS / f"run_in_memory_{given.shape}.json"
     file.write_text(record.finish(metrics).to_json())

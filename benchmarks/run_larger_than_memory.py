@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from memory_cgroup import MemoryCgroup, forget_pages
 from widen import widen
-from workers import Worker, WorkerError
 
+from moekit.bench.workers import Worker, WorkerError
 from moekit.core.cache_score import CacheScore
 from moekit.core.load import load_tokenizer, resolve_model
 from moekit.core.pack import pack

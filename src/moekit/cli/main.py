@@ -28,6 +28,7 @@ VERBS = {
     ),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
     "compress": ("moekit.cli.compress:app", "Make a model smaller, by a plan for its experts."),
+    "bench": ("moekit.cli.bench:bench", "Measure a model's speed on this machine."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
     "merge": ("moekit.cli.merge:merge", "Merge models of one family by a recipe."),
     "list": ("moekit.cli.list:list_methods", "List the methods moekit has."),

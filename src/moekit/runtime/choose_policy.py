@@ -94,7 +94,7 @@ def routing_of(engine: Engine, ids: Sequence[int], experts: int) -> NDArray[np.i
 
     sequence = engine.runner.new_sequence(len(ids))
     start = time.perf_counter()
-    with _watched(engine, keep):
+    with watch_routing(engine, keep):
         for token in ids:
             engine.runner.forward([sequence], [[token]])
             if time.perf_counter() - start > SECONDS:
@@ -106,8 +106,11 @@ def routing_of(engine: Engine, ids: Sequence[int], experts: int) -> NDArray[np.i
 
 
 @contextmanager
-def _watched(engine: Engine, keep: Callable[[int, NDArray[np.integer]], None]) -> Iterator[None]:
-    """Call `keep(layer, ids)` at every MoE layer of a step."""
+def watch_routing(
+    engine: Engine, keep: Callable[[int, NDArray[np.integer]], None]
+) -> Iterator[None]:
+    """Call `keep(layer, ids)`, ids [T, K] that hold until it returns, at every MoE layer of a
+    step."""
     runner = engine.runner
     if isinstance(runner, NativeRunner):
         earlier = runner.observer

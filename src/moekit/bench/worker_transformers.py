@@ -1,14 +1,18 @@
 """transformers behind `worker_loop`: a model directory in a number format and experts backend.
 
-python benchmarks/worker_transformers.py DIR --dtype bfloat16 --experts grouped_mm --threads 2
+python -m moekit.bench.worker_transformers DIR --dtype bfloat16 --experts grouped_mm --threads 2
 """
 
+from __future__ import annotations
+
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
-from worker_loop import serve
+
+from moekit.bench.worker_loop import serve
 
 
 class Transformers:
@@ -17,7 +21,7 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), experts_implementation=experts
         ).eval()
-        self._cache = None
+        self._cache: Any = None
 
     @torch.no_grad()
     def _run(self, ids: list[int], all_positions: bool = False) -> torch.Tensor:

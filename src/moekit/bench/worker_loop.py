@@ -15,7 +15,8 @@ import numpy as np
 
 
 class Program(Protocol):
-    """What is compared. Token ids are lists; a sequence starts with `prefill` or `logits`."""
+    """What is compared. Token ids are lists; a sequence starts with `prefill` or `logits`. What a
+    method `stepped` does after every step is not timed."""
 
     def prefill(self, ids: list[int]) -> None:
         """Begin a sequence with these tokens, up to the logits of the last."""
@@ -42,10 +43,13 @@ def answer(program: Program, request: dict[str, Any]) -> Any:
             return time.perf_counter() - started
         case "decode":
             seconds = []
+            stepped = getattr(program, "stepped", None)
             for token in request["ids"]:
                 started = time.perf_counter()
                 program.step(token)
                 seconds.append(time.perf_counter() - started)
+                if stepped is not None:
+                    stepped()
             return seconds
         case "logits":
             np.save(request["path"], program.logits(request["ids"]))

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import workers
-from benchmarks.workers import Worker, WorkerError
+from moekit.bench import workers
+from moekit.bench.workers import Worker, WorkerError
 
 PROGRAM = f"""
 import os, sys

@@ -1,7 +1,7 @@
-"""Inference programs in processes of their own: the side of the benchmark.
+"""Inference programs in processes of their own: the side of whoever measures.
 
-Each program loads once and waits; a benchmark then takes turns, so that all of them see the same
-minutes of the same machine.
+Each program loads once and waits; a benchmark then lets them take turns, so that all of them see
+the same minutes of the same machine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class WorkerError(RuntimeError):
 class Worker:
     """A running program. `opening` is how many seconds it took to be ready.
 
-    `python` and `script` with `arguments` start it; `wrap` is put before the command, such as what
-    moves the process into a cgroup. After `patience` seconds it is killed.
+    `python` and `script`, beside this file or anywhere, with `arguments` start it; `wrap` is put
+    before the command, such as what moves the process into a cgroup. After `patience` seconds it is
+    killed.
     """
 
     def __init__(
@@ -97,6 +98,8 @@ class Worker:
             raise WorkerError(self._ended())
         answer = json.loads(line)
         if "error" in answer:
+            # The process ends by itself, and is waited for so that nothing of it stays.
+            self.close()
             raise WorkerError(answer["error"])
         return answer["value"]
 
