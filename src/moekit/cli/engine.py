@@ -67,6 +67,24 @@ SlotsOption = Annotated[
 PrefetchOption = Annotated[
     bool | None, typer.Option("--prefetch/--no-prefetch", help="Whether to read experts ahead.")
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs; the processor by default."),
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES|auto",
+        help="Limit of the GPU's memory, with --device cuda; experts beyond it stay in RAM.",
+    ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="on-demand|hybrimoe|fiddler|static-split",
+        help="Who computes experts that the GPU lacks: the GPU, or also the processor.",
+    ),
+]
 MaxContextOption = Annotated[
     int | None, typer.Option(min=2, help="Tokens of prompt and answer that memory is kept for.")
 ]

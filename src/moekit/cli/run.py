@@ -26,7 +26,9 @@ from moekit.cli.common import (
 )
 from moekit.cli.engine import (
     CodecOption,
+    DeviceOption,
     ExpertCacheOption,
+    GpuMemoryOption,
     MaxContextOption,
     MemoryOption,
     PolicyOption,
@@ -35,6 +37,7 @@ from moekit.cli.engine import (
     ResidentCodecOption,
     RunnerName,
     RunnerOption,
+    SchedulerOption,
     SlotsOption,
     TraceOption,
     engine_options,
@@ -95,6 +98,9 @@ def run(
     prefetch: PrefetchOption = None,
     trace: TraceOption = None,
     slots_per_layer: SlotsOption = None,
+    device: DeviceOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    scheduler: SchedulerOption = None,
     max_context: MaxContextOption = None,
     runner: RunnerOption = RunnerName.auto,
     dtype: DtypeOption = Dtype.auto,
@@ -115,6 +121,9 @@ def run(
         prefetch=prefetch,
         trace=trace,
         slots_per_layer=slots_per_layer,
+        device=device,
+        gpu_memory=gpu_memory,
+        scheduler=scheduler,
         max_context=max_context,
         runner=runner,
     )

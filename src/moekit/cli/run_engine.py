@@ -39,6 +39,11 @@ class EngineSpeaker:
                 f"[experts: {stats.hit_rate:.1%} of {stats.hits + stats.misses} in memory, "
                 f"{format_bytes(stats.bytes_read)} read; peak {format_bytes(stats.peak_bytes)}]"
             )
+        if self.engine.gpu_budget is not None:
+            note(
+                f"[GPU: {format_bytes(stats.bytes_copied)} of experts copied to it; peak of "
+                f"tensors {format_bytes(stats.peak_gpu_bytes)}]"
+            )
         if self._plan is not None:
             known = self._plan.at(stats.hit_rate).tokens_per_second
             note(
@@ -58,6 +63,8 @@ class EngineSpeaker:
         }
         if self.engine.budget is not None:
             values["memory"] = self.engine.budget.to_dict()
+        if self.engine.gpu_budget is not None:
+            values["gpu_memory"] = self.engine.gpu_budget.to_dict()
         if self._plan is not None:
             values["forecast"] = self._plan.to_dict()
         return {"engine": values}
@@ -73,7 +80,7 @@ def opened(
     resolve_model(model)
     set_up(seed, threads)
     plan = None
-    if "memory" in options:
+    if "memory" in options and options.get("device", "cpu") == "cpu":
         # Before anything is loaded: its probe of the memory would count on top. What does not fit
         # is refused by the engine, which knows the sizes exactly.
         with suppress(UserError):
@@ -81,13 +88,23 @@ def opened(
     with opened_engine(model, {**options, "streams": 1}, dtype, threads) as engine:
         for line in engine.notes:
             note(line)
-        if engine.budget is not None:
-            note("\n".join(table_lines(_rows(engine.budget))))
+        for budget in (engine.budget, engine.gpu_budget):
+            if budget is not None:
+                note("\n".join(table_lines(_rows(budget))))
         yield EngineSpeaker(engine, seed, plan)
 
 
-def forecast(model: str, options: dict[str, Any], threads: int | None, out: Output) -> None:
-    """Print what a run would take and how fast it would be; nothing is loaded."""
+def forecast(
+    model: str,
+    options: dict[str, Any],
+    threads: int | None,
+    out: Output,
+    requests: str | None = None,
+) -> None:
+    """Print what a run would take and how fast it would be, and what a server would do with
+    `requests`; nothing is loaded."""
+    if options.get("device", "cpu") != "cpu":
+        raise UserError("--dry-run forecasts runs on the processor: leave out --device")
     set_up(0, threads)
     plan = _plan(model, options, threads)
     for line in plan.notes:
@@ -99,11 +116,36 @@ def forecast(model: str, options: dict[str, Any], threads: int | None, out: Outp
         f"{machine.disk_bandwidth / 1e9:.2f} GB/s"
     )
     out.line(
-        f"forecast: {made.tokens_per_second:.1f} tokens/s where routing never repeats itself "
-        f"({plan.hit_rate:.0%} of experts in memory), bound by {made.bound}; "
+        f"forecast: {made.tokens_per_second:.1f} tokens/s for one sequence where routing "
+        f"{_routing(options)} ({plan.hit_rate:.0%} of experts in memory), bound by {made.bound}; "
         f"{plan.at((1 + plan.hit_rate) / 2).tokens_per_second:.1f} if half of the others are there"
     )
-    out.result({"dry_run": True, **plan.to_dict()})
+    found = {"dry_run": True, **plan.to_dict()}
+    if requests is not None:
+        found["server"] = _server(plan, requests, threads, out)
+    out.result(found)
+
+
+def _routing(options: dict[str, Any]) -> str:
+    return "never repeats itself" if options.get("trace") is None else "is as in the trace"
+
+
+def _server(plan: DecodePlan, requests: str, threads: int | None, out: Output) -> dict[str, Any]:
+    """What MoE-Lens forecasts of many requests."""
+    import torch
+
+    from moekit.runtime.forecast_batch import Requests, compute_rate, plan_server
+
+    asked = Requests.parse(requests)
+    made = plan_server(plan, asked, compute_rate(threads or torch.get_num_threads()))
+    each = f"{asked.prompt} tokens answered with {asked.generated}"
+    out.line(f"{made.streams} sequences that decode together: {made.decoding:.1f} tokens/s")
+    out.line(
+        f"requests of {each}: {made.some.generated_per_second:.1f} tokens/s generated for "
+        f"{asked.count}, {made.endless.generated_per_second:.1f} for any number, bound by "
+        f"{made.endless.bound}"
+    )
+    return made.to_dict()
 
 
 def _plan(model: str, options: dict[str, Any], threads: int | None) -> DecodePlan:
@@ -113,7 +155,7 @@ def _plan(model: str, options: dict[str, Any], threads: int | None) -> DecodePla
     from moekit.core.memory import bytes_of
     from moekit.runtime.forecast_decode import plan_decode
 
-    names = ("codec", "resident_codec", "runner", "max_context", "policy", "trace")
+    names = ("codec", "resident_codec", "runner", "max_context", "streams", "policy", "trace")
     memory, cache = options.get("memory", "auto"), options.get("expert_cache")
     return plan_decode(
         find_model(model),

@@ -45,7 +45,8 @@ class Needs:
 class Budget:
     """The parts that add up to `limit` bytes; `expert_cache` holds part of `all_experts`.
 
-    `unused` is left over where all experts fit.
+    `unused` is left over where all experts fit. `of` is the option that sets the limit, "memory" or
+    "gpu_memory".
     """
 
     limit: int
@@ -53,6 +54,7 @@ class Budget:
     expert_cache: int
     all_experts: int
     overhead: int
+    of: str = "memory"
 
     @property
     def unused(self) -> int:
@@ -68,8 +70,11 @@ class Budget:
         needs = self.needs
         streams = f"{needs.streams} streams" if needs.streams > 1 else "1 stream"
         share = min(1.0, self.expert_cache / max(1, self.all_experts))
+        program = ("program", needs.program, "Python, torch and libraries, measured now")
+        if self.of == "gpu_memory":
+            program = ("GPU context", needs.program, "set aside for the driver and kernels")
         rows = [
-            ("program", needs.program, "Python, torch and libraries, measured now"),
+            program,
             ("resident part", needs.resident, "attention, embeddings, routers, shared experts"),
             ("KV cache", needs.kv_cache, f"{streams} of {needs.max_context} tokens"),
             ("scratch", needs.scratch, "what a step works in"),
@@ -101,6 +106,7 @@ def plan_budget(
     top_k: int,
     available: int,
     expert_cache: int | None = None,
+    of: str = "memory",
 ) -> Budget:
     """Share out `limit` bytes; `sizes` [L, E] are the bytes of the experts' records.
 
@@ -116,7 +122,7 @@ def plan_budget(
             limit = min(limit, max(needs.program, int(available * AVAILABLE_SHARE)))
     overhead = round(limit * OVERHEAD_SHARE)
     room = limit - needs.total - overhead
-    made = Budget(limit, needs, min(wanted, room // PAGE * PAGE), everything, overhead)
+    made = Budget(limit, needs, min(wanted, room // PAGE * PAGE), everything, overhead, of)
     least = top_k * int(sizes.max())
     if made.expert_cache < least:
         raise UserError(_refusal(made, least, top_k))
@@ -134,7 +140,7 @@ def _refusal(budget: Budget, least: int, top_k: int) -> str:
     parts = [(name, count) for name, count, _ in budget.rows()[:5]]
     counted = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
     return (
-        f"memory {format_bytes(budget.limit)} is too little: {counted}, and a layer's {top_k} "
+        f"{budget.of} {format_bytes(budget.limit)} is too little: {counted}, and a layer's {top_k} "
         f"experts {format_bytes(least)}.\nGive at least {format_bytes(smallest + 5e6)}, or less "
         f"max_context ({needs.max_context}) or fewer streams ({needs.streams}), or pack with "
         "fewer bits"

@@ -67,7 +67,7 @@ def measure_cache(model: PreTrainedModel, new_cache: Callable[[], Any]) -> Cache
     def filled(tokens: int) -> list[tuple[int, int]]:
         with view.use_backend(_nothing):
             output = model(
-                input_ids=torch.ones(1, tokens, dtype=torch.long),
+                input_ids=torch.ones(1, tokens, dtype=torch.long, device=model.device),
                 past_key_values=new_cache(),
                 use_cache=True,
             )

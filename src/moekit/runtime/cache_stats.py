@@ -31,6 +31,11 @@ class CacheStats:
     peak_bytes: int = 0
 
     @property
+    def total_bytes(self) -> int:
+        """Bytes brought in, for whatever purpose."""
+        return self.demand_bytes + self.prefetch_bytes + self.preload_bytes
+
+    @property
     def hit_rate(self) -> float:
         """Demand hits over accesses; 0 without accesses."""
         return self.hits / max(self.hits + self.misses, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.core.spec import MoESpec
 from moekit.runtime.budget import Budget
+from moekit.runtime.device.cache import DeviceCache
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.runner import Runner, Seq
 from moekit.runtime.sampling import Sampler, Sampling, choose_all
@@ -30,7 +31,7 @@ class EngineStats:
     """What an engine has done since it was opened.
 
     Seconds and tokens of prompts (`prefill_`) and of decoding apart; `bytes_read` are those of
-    experts.
+    experts from disk, `bytes_copied` those of experts to a GPU; with one, hits are what it held.
     """
 
     prefill_tokens: int = 0
@@ -41,6 +42,8 @@ class EngineStats:
     misses: int = 0
     bytes_read: int = 0
     peak_bytes: int = 0
+    bytes_copied: int = 0
+    peak_gpu_bytes: int = 0
 
     @property
     def ms_per_token(self) -> float:
@@ -69,9 +72,9 @@ class Engine:
     """A model that generates; made by `moekit.open_engine`.
 
     `streams` sequences of up to `max_context` tokens are run at once; more prompts wait their
-    turn. `budget` says where the memory goes and `cache` holds the experts of a packed model (both
-    None for one that transformers has loaded whole); `notes` are what was chosen and why. Not to
-    be used from several threads at a time. Use as a context manager, or `close` it.
+    turn. `budget` and `gpu_budget` say where the memory goes and `cache` holds the experts of a
+    packed model (all None for one that transformers has loaded whole); `notes` are what was chosen
+    and why. Not to be used from several threads at a time. Use as a context manager, or `close` it.
     """
 
     def __init__(
@@ -85,11 +88,12 @@ class Engine:
         max_context: int,
         streams: int,
         budget: Budget | None = None,
-        cache: ExpertCache | None = None,
+        cache: ExpertCache | DeviceCache | None = None,
+        gpu_budget: Budget | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.runner = runner
-        self.budget = budget
+        self.budget, self.gpu_budget = budget, gpu_budget
         self.cache = cache
         self.notes = list(notes)
         self.spec = spec
@@ -182,7 +186,11 @@ class Engine:
         if self.cache is not None:
             done = self.cache.stats
             self._stats.hits, self._stats.misses = done.hits, done.misses
-            self._stats.bytes_read = done.demand_bytes + done.prefetch_bytes + done.preload_bytes
+            if isinstance(self.cache, DeviceCache):
+                self._stats.bytes_copied = done.total_bytes
+                self._stats.peak_gpu_bytes = self.cache.device.peak_bytes()
+                done = self.cache.below.stats
+            self._stats.bytes_read = done.total_bytes
         self._stats.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self._stats
 

@@ -53,11 +53,7 @@ class ExpertBackend:
         self._num_experts = [layer.num_experts for layer in self._view]
         library = native.library()
         self._pool = native.Pool(library, torch.get_num_threads()) if library else None
-        banks: dict[Any, Tensor] = {}
-        self._experts: list[NativeExperts | TorchExperts] = []
-        for layer, site, packed in zip(self._view, find_moe(model), layers, strict=True):
-            made = native_experts(layer, packed, model.dtype, self._pool) if self._pool else None
-            self._experts.append(made or TorchExperts(layer, site, packed, banks))
+        self._experts = processor_experts(model, layers, self._pool)
         self._stack = ExitStack()
 
     def __enter__(self) -> ExpertBackend:
@@ -84,3 +80,15 @@ class ExpertBackend:
                 call.run({e: self._source.record(position, e) for e in experts})
                 claim.done(experts)
         return call.result()
+
+
+def processor_experts(
+    model: PreTrainedModel, layers: Sequence[PackedLayer], pool: native.Pool | None
+) -> list[NativeExperts | TorchExperts]:
+    """What computes the experts of each MoE layer of `model` from their records."""
+    banks: dict[Any, Tensor] = {}
+    made = []
+    for layer, site, packed in zip(MoEView(model), find_moe(model), layers, strict=True):
+        fast = native_experts(layer, packed, model.dtype, pool) if pool is not None else None
+        made.append(fast or TorchExperts(layer, site, packed, banks))
+    return made

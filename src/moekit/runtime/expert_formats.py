@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -29,25 +30,40 @@ def formats_of_layer(
     return formats if len(formats) == len(found) else None
 
 
+@dataclass(frozen=True)
+class RecordPlaces:
+    """Where the arrays of an expert begin, in bytes from its record, all planes one after the
+    other: for each matrix by plane and name, for each bias."""
+
+    matrices: dict[str, list[dict[str, int]]]
+    biases: dict[str, int]
+
+
+def record_places(layer: PackedLayer, expert: int) -> RecordPlaces:
+    """Where the arrays of the record of an expert begin."""
+    found = RecordPlaces({matrix.name: [] for matrix in layer.matrices}, {})
+    start = 0
+    for plane in range(layer.num_planes(expert)):
+        record = layer.record(expert, plane)
+        for offsets in found.matrices.values():
+            offsets.append({})
+        for stored in record.arrays:
+            if stored.owner in found.matrices:
+                found.matrices[stored.owner][plane][stored.part.name] = start + stored.offset
+            else:
+                found.biases[stored.owner] = start + stored.offset
+        start += record.size
+    return found
+
+
 def _expert_format(
     layer: PackedLayer, expert: int, activation: str, alpha: float, limit: float
 ) -> ExpertFormat | None:
-    codec = layer.codecs[expert].make()
-    places: dict[str, list[dict[str, int]]] = {matrix.name: [] for matrix in layer.matrices}
-    biases: dict[str, int] = {}
-    start = 0
-    for plane in range(codec.num_planes):
-        record = layer.record(expert, plane)
-        for offsets in places.values():
-            offsets.append({})
-        for stored in record.arrays:
-            if stored.owner in places:
-                places[stored.owner][plane][stored.part.name] = start + stored.offset
-            else:
-                biases[stored.owner] = start + stored.offset
-        start += record.size
+    codec, places = layer.codecs[expert].make(), record_places(layer, expert)
     shapes = {matrix.name: (matrix.shape[0], matrix.shape[1]) for matrix in layer.matrices}
-    matrices = {name: matrix_format(codec, shapes[name], at) for name, at in places.items()}
+    matrices = {
+        name: matrix_format(codec, shapes[name], at) for name, at in places.matrices.items()
+    }
     usable = {name: made for name, made in matrices.items() if made is not None}
     dtypes = {vector.dtype for vector in layer.vectors}
     if len(usable) < len(matrices) or not {"up", "down"} <= usable.keys() or len(dtypes) > 1:
@@ -57,6 +73,6 @@ def _expert_format(
         activation,
         alpha=alpha,
         limit=limit,
-        biases=biases,
+        biases=places.biases,
         bias_dtype=next(iter(dtypes), torch.float32),
     )

@@ -17,6 +17,7 @@ from moekit.core.memory import bytes_of, format_bytes
 from moekit.core.packed import PACKED_FILE
 from moekit.core.spec import MoESpec
 from moekit.runtime.context import context_length
+from moekit.runtime.device.device import open_device
 from moekit.runtime.engine import Engine
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.pack_cache import packed_copy
@@ -48,6 +49,9 @@ def open_engine(
     runner: str = AUTO,
     max_context: int | None = None,
     streams: int | None = None,
+    device: str | None = None,
+    gpu_memory: int | str | None = None,
+    scheduler: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Engine:
@@ -70,12 +74,26 @@ def open_engine(
     shapes), "graph" (any decoder-only family) or "auto".
     `streams` sequences of up to `max_context` tokens are planned for.
 
+    With `device` "cuda" (or "cuda:1") the model runs on a GPU, in `gpu_memory` bytes of it (default
+    and "auto": most of what is free): what is not an expert, and as many experts as fit; the others
+    are in pinned RAM within `memory`, or on disk. `scheduler` says who computes an expert that the
+    GPU lacks: "on-demand" (the GPU, which changes no result), "hybrimoe", "fiddler" or
+    "static-split" (also the processor).
+
     `progress` gets (bytes packed, all bytes), `note` lines for the user. Raises UserError as `load`
     and `pack` do, for more context than the model was made for, and with all numbers where the
     model does not fit; StoreError for a damaged packed model.
     """
     if runner not in RUNNERS:
         raise UserError(f"runner {runner!r} is none of {', '.join(RUNNERS)}")
+    if device in (None, "cpu"):
+        device = None
+        if gpu_memory is not None or scheduler is not None:
+            name = "scheduler" if gpu_memory is None else "gpu_memory"
+            raise UserError(f"{name} needs a GPU: give device='cuda' too")
+    else:
+        # Before a model is packed for nothing.
+        open_device(device)
     limit = None if memory in (None, AUTO) else bytes_of(memory or 0)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -83,7 +101,8 @@ def open_engine(
     # Before anything is packed or read.
     context_length(read_config(source), max_context)
     packed = (Path(source) / PACKED_FILE).is_file()
-    if not packed and memory is None and codec is None and expert_cache is None:
+    whole = memory is None and codec is None and expert_cache is None and device is None
+    if not packed and whole:
         return _open_whole(path, dtype, runner, max_context, streams)
     from moekit.runtime.open_packed import Request, open_packed
 
@@ -107,7 +126,10 @@ def open_engine(
         streams=streams,
         slots_per_layer=slots_per_layer,
         trace=trace,
-        chooses_policy=memory == AUTO and policy == AUTO,
+        chooses_policy=memory == AUTO and policy == AUTO and device is None,
+        device=device,
+        gpu_memory=None if gpu_memory in (None, AUTO) else bytes_of(gpu_memory or 0),
+        scheduler=scheduler or "on-demand",
     )
     return open_packed(directory, request, notes)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from moekit.runtime.choose_policy import choose_policy
 from moekit.runtime.claim import Claim
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
+from moekit.runtime.device.device import open_device
 from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
@@ -42,6 +44,9 @@ from moekit.runtime.recent_scores import RecentScores
 from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
 from moekit.runtime.store import ExpertStore
+
+if TYPE_CHECKING:
+    from moekit.runtime.device.opening import DeviceOpening
 
 AUTO, PREDICTOR = "auto", "next-gate"
 
@@ -65,6 +70,9 @@ class Request:
     slots_per_layer: bool = False
     trace: str | Path | None = None
     chooses_policy: bool = False
+    device: str | None = None
+    gpu_memory: int | None = None
+    scheduler: str = "on-demand"
 
 
 def open_packed(directory: Path, request: Request, notes: list[str]) -> Engine:
@@ -87,6 +95,7 @@ def open_packed(directory: Path, request: Request, notes: list[str]) -> Engine:
 
 
 def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
+    device = None if request.device is None else open_device(request.device)
     charged = charged_memory()
     available = charged + available_memory()
     with ExitStack() as stack:
@@ -94,6 +103,11 @@ def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
         config = read_config(directory)
         spec = MoESpec.from_config(config)
         opening = _Opening(store, config, spec, request, charged + PROGRAM_GROWTH, available, notes)
+        if device is not None:
+            # Needs Triton, which is not everywhere.
+            from moekit.runtime.device.opening import DeviceOpening
+
+            return _on_device(directory, DeviceOpening(opening, device), stack)
         opening.check_early()
         tokenizer = load_tokenizer(directory)
         make: Callable[[ExitStack], tuple[Runner, Budget, ExpertCache]] = (
@@ -113,6 +127,25 @@ def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
             notes=notes,
         )
         stack.pop_all()
+    return engine
+
+
+def _on_device(directory: Path, made: DeviceOpening, stack: ExitStack) -> Engine:
+    opened, opening = made.open(stack), made.opening
+    engine = Engine(
+        opened.runner,
+        spec=opening.spec,
+        config=opening.config,
+        generation_config=_generation_config(directory, opening.config),
+        tokenizer=load_tokenizer(directory),
+        max_context=opening.context,
+        streams=opening.streams,
+        budget=opened.budget,
+        gpu_budget=opened.gpu_budget,
+        cache=opened.cache,
+        notes=opening.notes,
+    )
+    stack.pop_all()
     return engine
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moekit.core.port import SeamCall
+from moekit.runtime.device.cache import DeviceCache
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.native_runner import Routed
 from moekit.runtime.predict.prefetch import Prefetcher
@@ -24,7 +25,7 @@ NEWEST = 0.05
 class Prefetching:
     """Shows a prefetcher every router's choice and hands its hints to the cache."""
 
-    def __init__(self, cache: ExpertCache, prefetcher: Prefetcher) -> None:
+    def __init__(self, cache: ExpertCache | DeviceCache, prefetcher: Prefetcher) -> None:
         self.prefetcher = prefetcher
         self._cache = cache
         self._last: tuple[float, float] | None = None
@@ -32,7 +33,7 @@ class Prefetching:
     def seam(self, call: SeamCall) -> None:
         """What happens at the seam of a model in torch."""
         hidden = call.hidden if call.router_input is None else call.router_input
-        self._observe(call.layer.position, call.ids, hidden.reshape(-1, hidden.shape[-1]))
+        self._observe(call.layer.position, call.ids.cpu(), hidden.reshape(-1, hidden.shape[-1]))
 
     def routed(self, routed: Routed) -> None:
         """What the native runner tells of a layer."""
@@ -93,9 +94,13 @@ def pays(sizes: NDArray[np.int64], bandwidth: float) -> bool:
 
 
 def new_prefetcher(
-    predictor: Any, cache: ExpertCache, num_experts: int, top_k: int, bandwidth: float
+    predictor: Any,
+    cache: ExpertCache | DeviceCache,
+    num_experts: int,
+    top_k: int,
+    bandwidth: float,
 ) -> Prefetcher:
-    """A prefetcher for `cache` whose disk reads `bandwidth` bytes a second."""
+    """A prefetcher for `cache` whose experts come with `bandwidth` bytes a second."""
     sizes = [
         max(cache.store.nbytes(position, e) for e in range(layer.num_experts))
         for position, layer in enumerate(cache.store.layers)

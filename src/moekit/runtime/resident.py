@@ -15,12 +15,16 @@ from moekit.runtime.store import ExpertStore, StoreError
 
 
 def resident_model(
-    store: ExpertStore, config: PretrainedConfig, dtype: torch.dtype | None = None
+    store: ExpertStore,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model of `config` with the resident part of `store`; its experts stay on meta.
 
     `dtype` None is the config's number format, else the stored one. Each tensor is read, converted
-    and put in its place before the next one. Raises StoreError for a damaged or incomplete part.
+    and put in its place on `device` (default: the processor's memory) before the next one. Raises
+    StoreError for a damaged or incomplete part.
     """
     model = skeleton(config, dtype or config_dtype(config) or _stored_dtype(store))
     formats = weight_dtypes(model, model.dtype)
@@ -33,12 +37,14 @@ def resident_model(
                 f"{store.path}: tensor {name} {list(tensor.shape)} has no place in the model of "
                 "its config.json. Convert the model again."
             )
-        value = tensor.to(formats[name])
+        value = tensor.to(formats[name]).to(device)
         if isinstance(slot, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for held, leaf in places[id(slot)]:
             held[leaf] = value
     _check_complete(store, model)
+    if device is not None:
+        _move_buffers(model, device)
     return model
 
 
@@ -56,6 +62,14 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
                 if tensor is not None:
                     found.setdefault(id(tensor), []).append((held, leaf))
     return found
+
+
+def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what no file holds, such as the frequencies of rotary embeddings."""
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[leaf] = buffer.to(device)
 
 
 def _check_complete(store: ExpertStore, model: PreTrainedModel) -> None:

@@ -62,7 +62,7 @@ class FakeDevice:
         self.copied_bytes = 0
         self.pinned: dict[int, int] = {}
         self._random, self._order, self._immediate = random.Random(seed), order, immediate
-        self._limit = 2**40
+        self.limited = None
 
     # -- the seam --
 
@@ -99,10 +99,10 @@ class FakeDevice:
         return FakeMark(self, self.computing)
 
     def free_bytes(self) -> tuple[int, int]:
-        return self._limit, self._limit
+        return 2**40, 2**40
 
     def limit(self, nbytes: int) -> None:
-        self._limit = nbytes
+        self.limited = nbytes
 
     def peak_bytes(self) -> int:
         return 0

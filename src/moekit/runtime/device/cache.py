@@ -11,7 +11,6 @@ layers, E experts (of the layer that has most), T tokens, K chosen.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,8 @@ from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
 from moekit.runtime.device.arena import Arenas
 from moekit.runtime.device.claim import DeviceClaim, Portion
-from moekit.runtime.device.device import Device, Mark
+from moekit.runtime.device.copies import Copies
+from moekit.runtime.device.device import Device
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.readers import Purpose
 from moekit.runtime.residency import Residency, record_sizes
@@ -45,15 +45,6 @@ class DeviceStats(CacheStats):
     """
 
     host: int = 0
-
-
-@dataclass
-class _Copy:
-    """A copy in line, and the claim that keeps its source in RAM."""
-
-    mark: Mark
-    claim: Claim
-    expert: int
 
 
 class DeviceCache:
@@ -92,15 +83,9 @@ class DeviceCache:
         # By layer, what is hinted and is to be copied, likeliest last.
         self._hints: dict[int, list[int]] = {}
         self._unused: set[int] = set()
-        # Copies that nobody has waited for yet, and those whose source is still claimed.
-        self._coming: dict[int, Mark] = {}
-        self._copies: deque[_Copy] = deque()
-        # Where computing was when it last read each expert, and when it last read what was evicted.
-        self._last_use: dict[int, tuple[int, Mark]] = {}
-        self._evicted_use: tuple[int, Mark] | None = None
-        self._uses = 0
+        self._copies = Copies(device)
         self._layer = 0
-        self._on_close = on_close
+        self.on_close = on_close
 
     # -- what a layer asks for --
 
@@ -121,7 +106,7 @@ class DeviceCache:
         self._layer = layer
         if layer in self._guarding:
             self._forget_hint(layer)
-        self._settle()
+        self._copies.settle()
         return self._claim(layer, held, amounts, "demand")
 
     def scored(self, layer: int, experts: ArrayLike, scores: ArrayLike) -> None:
@@ -178,14 +163,13 @@ class DeviceCache:
 
     def close(self) -> None:
         """Wait for the copies and give up all memory, that of `below` too. May be called twice."""
-        self._settle(wait=True)
+        self._copies.settle(wait=True)
         self._residency.clear()
-        self._coming.clear()
         self.memory = self.memory[:0]
         self.below.close()
-        if self._on_close is not None:
-            self._on_close()
-            self._on_close = None
+        if self.on_close is not None:
+            self.on_close()
+            self.on_close = None
 
     def __enter__(self) -> DeviceCache:
         return self
@@ -211,7 +195,7 @@ class DeviceCache:
         claim.host = [e for e in held if e in host]
         claim.ready = [e for e in held if e in present and e not in host]
         self._residency.pins[[first + e for e in claim.held]] += 1
-        late = {first + e for e in claim.ready if self._arrive(first + e)}
+        late = {first + e for e in claim.ready if self._copies.arrive(first + e)}
         if purpose == "demand":
             self._count_demand({first + e for e in claim.ready}, late, len(held), len(host))
         wanted = [e for e in held if e in host or e not in present]
@@ -250,7 +234,7 @@ class DeviceCache:
             self._start(claim)
             copied, claim.copied = claim.copied, []
             for expert in copied:
-                self._arrive(claim.layer * self._experts + expert)
+                self._copies.arrive(claim.layer * self._experts + expert)
             if copied or host:
                 yield Portion(copied, host)
                 host = []
@@ -272,7 +256,7 @@ class DeviceCache:
         """The next experts that have come to RAM; what finished copies read is given back first,
         for there may be no other room."""
         began = time.perf_counter()
-        self._settle(wait=True)
+        self._copies.settle(wait=True)
         arrived = next(arrivals)
         self.stats.wait_seconds += time.perf_counter() - began
         return arrived
@@ -305,10 +289,7 @@ class DeviceCache:
         computed = claim.held.intersection(experts) - claim.computed
         if not computed:
             return
-        self._uses += 1
-        use = self._uses, self.device.mark()
-        for expert in computed:
-            self._last_use[claim.layer * self._experts + expert] = use
+        self._copies.used([claim.layer * self._experts + e for e in computed])
         claim.computed |= computed
 
     def _unpin(self, claim: DeviceClaim) -> None:
@@ -323,7 +304,7 @@ class DeviceCache:
         if claim.below is not None and (claim.absent or claim.waiting):
             # Given up half way. What was copied is let go of as every copy is; the rest here, and
             # nothing may still read it.
-            self._settle(wait=True)
+            self._copies.settle(wait=True)
             claim.below.release()
         claim.below = None
 
@@ -345,18 +326,11 @@ class DeviceCache:
         if victim in self._unused:
             self._unused.remove(victim)
             self.stats.wasted_bytes += int(self._residency.sizes[victim])
-        # Copies are done in their order, so one that is still coming needs no waiting for.
-        self._coming.pop(victim, None)
-        use = self._last_use.pop(victim, None)
-        if use is not None and (self._evicted_use is None or use[0] > self._evicted_use[0]):
-            self._evicted_use = use
+        self._copies.give_up(victim)
 
     def _copy(self, number: int, slot: Slot, claim: Claim, purpose: Purpose) -> None:
         layer, expert = divmod(number, self._experts)
-        after = None if self._evicted_use is None else self._evicted_use[1]
-        mark = self.device.copy(slot.view(), self.below.record(layer, expert), after)
-        self._copies.append(_Copy(mark, claim, expert))
-        self._coming[number] = mark
+        self._copies.put(number, slot.view(), self.below.record(layer, expert), claim, expert)
         self._residency.place(number, slot)
         if purpose == "prefetch":
             self._unused.add(number)
@@ -368,22 +342,6 @@ class DeviceCache:
         else:
             self.stats.preload_reads += 1
             self.stats.preload_bytes += slot.size
-
-    def _arrive(self, number: int) -> bool:
-        """Let computing wait for the copy of an expert; whether it has to."""
-        mark = self._coming.pop(number, None)
-        if mark is None or mark.done():
-            return False
-        self.device.follow(mark)
-        return True
-
-    def _settle(self, *, wait: bool = False) -> None:
-        """Give back the RAM that copies read, of all that are done, or of all."""
-        while self._copies and (wait or self._copies[0].mark.done()):
-            copy = self._copies.popleft()
-            if wait:
-                copy.mark.wait()
-            copy.claim.done([copy.expert])
 
     # -- hints --
 
@@ -422,8 +380,13 @@ class DeviceCache:
                     claim.done(portion.device)
                     if progress is not None:
                         progress(copied)
-        self._settle(wait=True)
-        self.below.stats = CacheStats(peak_bytes=self.below.stats.peak_bytes)
+        self._copies.settle(wait=True)
+        read = self.below.stats
+        self.below.stats = CacheStats(
+            preload_reads=read.demand_reads + read.preload_reads,
+            preload_bytes=read.total_bytes,
+            peak_bytes=read.peak_bytes,
+        )
 
 
 def _named(name: str) -> CacheScore:
