@@ -22,6 +22,7 @@ from moekit.core.packed import PackedLayer
 from moekit.core.view import MoEView
 from moekit.ops import native
 from moekit.runtime.claim import Claim
+from moekit.runtime.lockstep import meet
 from moekit.runtime.native_experts import NativeExperts, native_experts
 from moekit.runtime.torch_experts import TorchExperts
 
@@ -42,8 +43,11 @@ class ExpertBackend:
     """Computes the experts of `model` from `source` while it is entered.
 
     The native kernels do it where they can, else torch. Contributions are added up in the order of
-    the choices whatever came first, so results do not depend on what was in memory.
+    the choices whatever came first, so results do not depend on what was in memory. Sequences in
+    lockstep share an expert that is fetched or decoded; the result of none depends on the others.
     """
+
+    batches = True
 
     def __init__(
         self, model: PreTrainedModel, layers: Sequence[PackedLayer], source: ExpertSource
@@ -70,7 +74,18 @@ class ExpertBackend:
     def _run(
         self, position: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:
-        call = self._experts[position].start(hidden, ids, weights)
+        made: Tensor = meet(
+            (self, position), partial(self._together, position), (hidden, ids, weights)
+        )
+        return made
+
+    def _together(
+        self, position: int, calls: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """The outputs of the layer for several sequences, each expert fetched once."""
+        sizes = [len(hidden) for hidden, _, _ in calls]
+        hidden, ids, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
+        call = self._experts[position].start(hidden, ids, weights, sizes)
         used, counts = np.unique(ids.numpy(), return_counts=True)
         stored = (used >= 0) & (used < self._num_experts[position])
         with self._source.begin(
@@ -79,7 +94,7 @@ class ExpertBackend:
             for experts in chain([claim.ready], claim.arrivals()):
                 call.run({e: self._source.record(position, e) for e in experts})
                 claim.done(experts)
-        return call.result()
+        return list(call.result().split(sizes))
 
 
 def processor_experts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import (
 from moekit.core.errors import UserError
 from moekit.core.view import MoEView
 from moekit.runtime.cache_size import measure_cache
+from moekit.runtime.lockstep import in_lockstep
 
 # Tokens of a prompt that are run at once: what bounds the memory of activations.
 CHUNK = 512
@@ -52,9 +54,10 @@ class GraphSequence:
 
 
 class GraphRunner:
-    """Runs `model`, one sequence after another, so that none depends on the others.
+    """Runs `model` on one sequence at a time, so that none depends on the others.
 
-    The model computes its experts itself unless a backend is attached.
+    The model computes its experts itself unless a backend is attached. With one that `batches`,
+    sequences go through the layers in lockstep and share its work on experts.
     """
 
     def __init__(self, model: PreTrainedModel, *, chunk: int = CHUNK) -> None:
@@ -66,6 +69,7 @@ class GraphRunner:
         self.model = model
         self.chunk = chunk
         self._stack = ExitStack()
+        self._batches = False
         names = inspect.signature(type(model).forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         cache = self._new_cache()
@@ -81,6 +85,7 @@ class GraphRunner:
     def attach(self, context: AbstractContextManager[Any]) -> None:
         """Enter what acts on the model while it runs, such as a backend, until `close`."""
         self._stack.enter_context(context)
+        self._batches |= getattr(context, "batches", False)
 
     def _new_cache(self) -> Any:
         # The others make the cache of their family in their first forward.
@@ -125,17 +130,32 @@ class GraphRunner:
         for seq, new in zip(seqs, tokens, strict=True):
             if not 0 < len(new) <= seq.capacity - seq.length:
                 raise ValueError(f"{len(new)} tokens after {seq.length} of {seq.capacity}")
-        rows = [
-            self._append(seq, new, all_positions) for seq, new in zip(seqs, tokens, strict=True)
+        jobs = [
+            partial(self._append, seq, new, all_positions)
+            for seq, new in zip(seqs, tokens, strict=True)
         ]
+        rows: list[Tensor] = []
+        for first, last in self._groups([len(new) for new in tokens]):
+            together = last - first > 1
+            rows += in_lockstep(jobs[first:last]) if together else [jobs[first]()]
         return rows if all_positions else torch.cat(rows)
 
+    def _groups(self, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """From where to where sequences run together: no more tokens than of one prompt."""
+        first = 0
+        for last in range(1, len(counts) + 1):
+            full = last == len(counts) or sum(counts[first : last + 1]) > self.chunk
+            if full or not self._batches:
+                yield first, last
+                first = last
+
+    @torch.inference_mode()
     def _append(self, seq: GraphSequence, tokens: Sequence[int], all_positions: bool) -> Tensor:
         kept: list[Tensor] = []
         call: Any = self.model
         for piece in self._pieces(seq.length, tokens):
             output = call(
-                input_ids=torch.tensor([piece], device=self.model.device),
+                input_ids=torch.tensor([piece]),
                 past_key_values=seq.cache,
                 use_cache=True,
                 **({} if all_positions else self._last),
@@ -145,7 +165,7 @@ class GraphRunner:
             logits = output.logits[0] if all_positions else output.logits[0, -1:]
             if not all_positions:
                 kept.clear()
-            kept.append(logits.float().cpu())
+            kept.append(logits.float())
         return torch.cat(kept)
 
     def _pieces(self, length: int, tokens: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -5,7 +5,7 @@ Shapes: T tokens, K chosen, D width, F expert width, P pairs of a token and an e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,8 +49,13 @@ class NativeExperts:
         self._formats = formats
         self._pool = pool
 
-    def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> NativeCall:
-        """Begin one call of the layer's experts: hidden [T, D], ids and weights [T, K]."""
+    def start(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, sizes: Sequence[int] | None = None
+    ) -> NativeCall:
+        """Begin one call of the layer's experts: hidden [T, D], ids and weights [T, K].
+
+        No token's result depends on the others, so it does not matter which belong together.
+        """
         return NativeCall(self._formats, self._pool, hidden, ids, weights)
 
 

@@ -6,7 +6,7 @@ Works for every family and codec. Shapes: T tokens, K chosen, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,15 @@ class TorchExperts:
             module = self._layer.experts.get_submodule(owner)
             module._parameters[leaf] = nn.Parameter(bank, requires_grad=False)
 
-    def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> TorchCall:
-        """Begin one call of the layer's experts: hidden [T, D], ids and weights [T, K]."""
-        call = TorchCall(self, hidden, ids, weights)
+    def start(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, sizes: Sequence[int] | None = None
+    ) -> TorchCall:
+        """Begin one call of the layer's experts: hidden [T, D], ids and weights [T, K].
+
+        `sizes` are the numbers of tokens that belong together (default: all): others do not share a
+        product with them, since what torch gives may depend on how many rows there are.
+        """
+        call = TorchCall(self, hidden, ids, weights, sizes or [len(hidden)])
         # What runs without a record: identity experts.
         for expert in sorted({e for e in ids.flatten().tolist() if e >= self._num_experts}):
             call.add(expert)
@@ -68,8 +74,15 @@ class TorchExperts:
 class TorchCall:
     """The contributions [T, K, D] of one call, each in its place whatever came first."""
 
-    def __init__(self, experts: TorchExperts, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        self._experts = experts
+    def __init__(
+        self,
+        experts: TorchExperts,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        sizes: Sequence[int],
+    ) -> None:
+        self._experts, self._sizes = experts, sizes
         self._hidden, self._ids, self._weights = hidden, ids, weights
         self._parts = torch.zeros(*ids.shape, hidden.shape[1])
 
@@ -80,10 +93,15 @@ class TorchCall:
             self.add(expert)
 
     def add(self, expert: int) -> None:
-        tokens, choices = (self._ids == expert).nonzero(as_tuple=True)
-        weights = self._weights[tokens, choices].unsqueeze(1)
-        out = self._experts.run(expert, self._hidden[tokens], weights)
-        self._parts[tokens, choices] = out.float()
+        start = 0
+        for ids in self._ids.split(list(self._sizes)):
+            tokens, choices = (ids == expert).nonzero(as_tuple=True)
+            tokens, start = tokens + start, start + len(ids)
+            if len(tokens) == 0:
+                continue
+            weights = self._weights[tokens, choices].unsqueeze(1)
+            out = self._experts.run(expert, self._hidden[tokens], weights)
+            self._parts[tokens, choices] = out.float()
 
     def result(self) -> Tensor:
         """The sum over the choices, [T, D]."""
