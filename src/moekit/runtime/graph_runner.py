@@ -155,7 +155,7 @@ class GraphRunner:
         call: Any = self.model
         for piece in self._pieces(seq.length, tokens):
             output = call(
-                input_ids=torch.tensor([piece]),
+                input_ids=torch.tensor([piece], device=self.model.device),
                 past_key_values=seq.cache,
                 use_cache=True,
                 **({} if all_positions else self._last),
@@ -165,7 +165,7 @@ class GraphRunner:
             logits = output.logits[0] if all_positions else output.logits[0, -1:]
             if not all_positions:
                 kept.clear()
-            kept.append(logits.float())
+            kept.append(logits.float().cpu())
         return torch.cat(kept)
 
     def _pieces(self, length: int, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
