@@ -8,6 +8,7 @@ from moekit.cli.lazy import LazyGroup
 
 # verb -> (module:function, line for `moekit compress --help`).
 VERBS = {
+    "auto": ("moekit.cli.compress_auto:auto", "Find the least harmful mix of steps for a budget."),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }
 
