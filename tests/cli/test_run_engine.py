@@ -136,3 +136,20 @@ def test_other_verbs_read_a_packed_model(moekit, tiny, packed, tmp_path):
     text.write_text("der Router wählt zwei Experten. " * 4)
     scores = [moekit("eval", model, text, "--json").json for model in (tiny, packed)]
     assert scores[0]["per_domain"] == scores[1]["per_domain"]
+
+
+def test_dry_run_of_a_server_forecasts_batches(moekit, packed):
+    options = ("--dry-run", "--max-streams", 4, "--requests", "20+10x50")
+    result = moekit("serve", packed, *options, "--json").json
+    server = result["server"]
+    assert (server["streams"], result["memory"]["streams"]) == (4, 4)
+    assert server["decoding"] > result["tokens_per_second"]
+    some, endless = server["some"], server["endless"]
+    assert 0 < some["generated_per_second"] <= endless["generated_per_second"]
+    done = moekit("serve", packed, *options)
+    assert "requests of 20 tokens answered with 10" in done.out
+    assert "4 sequences that decode together" in done.out
+
+
+def test_requests_that_cannot_be_forecast(refused, packed):
+    assert "512+128x100" in refused("serve", packed, "--dry-run", "--requests", "many")

@@ -10,18 +10,9 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.core.view import MoEView
-from moekit.runtime.schedule.batches import (
-    balanced_groups,
-    fullest_expert_first,
-    missing_experts,
-)
-from moekit.runtime.schedule.bit_planes import (
-    hebf_order,
-    plane_demand,
-    plane_seconds,
-    planes_to_free,
-)
+from moekit.runtime.schedule.batches import most_alike
 from moekit.runtime.schedule.fallback import PlaneFallback
+from moekit.runtime.schedule.read_order import hottest_first
 from moekit.runtime.schedule.sharing import SharedExperts, shared_by_sequence, shared_by_vote
 from moekit.runtime.schedule.split import (
     ExpertLoad,
@@ -114,130 +105,50 @@ def test_prefetching_pays_most_for_what_the_layer_waits_for():
         assert gains == sorted(gains, reverse=True)
 
 
-READ, COMPUTE = (2.0, 1.0, 1.0), (0.25, 0.05, 0.05)
+def seconds_of(order, counts, read, token):
+    """A layer that reads experts in this order and computes what has come, one at a time each."""
+    arrived = done = 0.0
+    for expert in order:
+        arrived += read
+        done = max(done, arrived) + counts[expert] * token
+    return done
 
 
-def skewed_demand(seed):
-    """32 requests over 8 experts of skewed use, each at one of three levels."""
-    random = np.random.default_rng(seed)
-    use = random.dirichlet(np.full(8, 0.5))
-    experts = random.choice(8, 32, p=use)
-    return plane_demand(zip(experts, random.integers(0, 3, 32), strict=True), 8, 3)
-
-
-def orders_of_use(demand):
-    return [(e, p) for e in range(8) for p in range(3) if demand[e, p]]
-
-
-def test_hottest_first_is_near_the_bound_and_number_order_is_not():
-    """Over max(all reads, first read + all computing): 1.00, against 1.04 here by expert number
-    (1.08 where use is more skewed)."""
-    hottest, by_number = [], []
-    for seed in range(200):
-        demand = skewed_demand(seed)
-        reads = float(((demand > 0) * READ).sum())
-        bound = max(reads, READ[0] + float((demand * COMPUTE).sum()))
-        hottest.append(plane_seconds(hebf_order(demand), demand, READ, COMPUTE) / bound)
-        numbered = orders_of_use(demand)
-        by_number.append(plane_seconds(numbered, demand, READ, COMPUTE) / bound)
-    assert np.mean(hottest) < 1.01
-    assert np.mean(by_number) > 1.03
-
-
-def test_planes_of_an_expert_come_in_order_and_equal_demand_is_stable():
-    for seed in range(20):
-        demand = skewed_demand(seed)
-        order = hebf_order(demand)
-        assert sorted(order) == orders_of_use(demand)
-        for expert in range(8):
-            planes = [plane for e, plane in order if e == expert]
-            assert planes == sorted(planes)
-    assert hebf_order([[3, 3, 1]]) == [(0, 0), (0, 1), (0, 2)]
-    assert hebf_order([[2, 0], [2, 2], [0, 0]]) == [(0, 0), (1, 0), (1, 1)]
-
-
-def test_demand_counts_the_planes_below_as_well():
-    assert plane_demand([(1, 2), (1, 0), (0, 1)], 2, 3).tolist() == [[1, 1, 0], [2, 1, 1]]
-
-
-def test_no_order_of_a_small_layer_beats_the_hottest_first():
-    demand = np.array([[1, 1], [4, 2]])
-    everything = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    valid = [
-        order
-        for order in itertools.permutations(everything)
-        if order.index((0, 0)) < order.index((0, 1)) and order.index((1, 0)) < order.index((1, 1))
-    ]
-    best = min(plane_seconds(order, demand, (2, 1), (1, 0.5)) for order in valid)
-    assert plane_seconds(hebf_order(demand), demand, (2, 1), (1, 0.5)) == best
-
-
-def test_high_planes_are_given_up_first():
-    held = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-    assert planes_to_free(held, (100, 10, 10), 25) == [(1, 2), (0, 1), (1, 1)]
-    assert planes_to_free(held, (100, 10, 10), 31) == [(1, 2), (0, 1), (1, 1), (0, 0)]
-    assert planes_to_free(held, (100, 10, 10), 0) == []
-    assert planes_to_free(held, (100, 10, 10), 10**6)[-1] == (1, 0)
-
-
-def distinct(experts, batches):
-    return [len({experts[request] for request in batch}) for batch in batches]
-
-
-def test_fullest_queues_make_batches_of_few_experts():
+def test_no_order_of_reads_beats_the_hottest_first():
     random = np.random.default_rng(0)
+    gain = []
     for _ in range(20):
-        experts = random.integers(0, 6, 40).tolist()
-        batches = fullest_expert_first(experts, 8)
-        assert sorted(itertools.chain(*batches)) == list(range(40))
-        assert max(map(len, batches)) == 8
-        in_order = [list(range(start, start + 8)) for start in range(0, 40, 8)]
-        assert sum(distinct(experts, batches)) <= sum(distinct(experts, in_order))
+        counts = random.integers(1, 12, 6)
+        order = hottest_first(counts)
+        assert sorted(order) == list(range(6))
+        all_orders = [seconds_of(o, counts, 1.0, 0.2) for o in itertools.permutations(range(6))]
+        assert seconds_of(order, counts, 1.0, 0.2) == pytest.approx(min(all_orders))
+        gain.append(seconds_of(range(6), counts, 1.0, 0.2) / min(all_orders))
+    assert np.mean(gain) > 1.02
+    assert hottest_first([2, 5, 2, 5]).tolist() == [1, 3, 0, 2]
 
 
-def test_the_fullest_queue_goes_first():
-    assert fullest_expert_first([5, 1, 1, 5, 1], 3) == [[1, 2, 4], [0, 3]]
-    assert fullest_expert_first([2, 7], 1) == [[0], [1]]
-    assert fullest_expert_first([], 4) == []
+def usages(kinds, seed=0):
+    """Expected uses [2, 8] of requests of two kinds, with noise."""
+    random = np.random.default_rng(seed)
+    two = random.random((2, 2, 8))
+    return [two[kind] + random.random((2, 8)) / 10 for kind in kinds]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_interleaved_clusters_are_separated(seed):
-    first, second = np.random.default_rng(seed).random((2, 3, 8)) < 0.4
-    paths = np.stack([first, second] * 4)
-    groups = balanced_groups(paths, 4)
-    assert sorted(map(tuple, groups)) == [(0, 2, 4, 6), (1, 3, 5, 7)]
-    in_order = [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert missing_experts(paths, groups, 0) < missing_experts(paths, in_order, 0)
+def test_alike_requests_run_together(seed):
+    waiting, running = usages([0, 1, 0, 1, 1, 0, 1], seed), usages([1, 1], seed)
+    chosen = most_alike(waiting, running)
+    assert chosen in (1, 3, 4, 6)
+    batch = [*running, waiting[chosen]]
+    assert most_alike(waiting, batch) in (1, 3, 4, 6)
 
 
-def test_groups_hold_everybody_and_no_more_than_fit():
-    paths = np.random.default_rng(1).random((11, 2, 8)) < 0.3
-    groups = balanced_groups(paths, 4)
-    assert sorted(itertools.chain(*groups)) == list(range(11))
-    assert max(map(len, groups)) <= 4
-    assert balanced_groups(paths[:3], 4) == [[0, 1, 2]]
-    assert balanced_groups(paths[:0], 4) == []
-
-
-def test_equal_lengths_are_grouped_where_paths_say_nothing():
-    paths = np.ones((4, 1, 4), dtype=bool)
-    groups = balanced_groups(paths, 2, [10, 1000, 11, 990])
-    assert sorted(map(tuple, groups)) == [(0, 2), (1, 3)]
-
-
-def test_missing_experts_are_those_beyond_the_slots():
-    paths = np.zeros((2, 2, 4), dtype=bool)
-    paths[0, 0, :2] = paths[1, 0, 2] = paths[:, 1, 3] = True
-    assert missing_experts(paths, [[0, 1]], 1) == 2
-    assert missing_experts(paths, [[0], [1]], 1) == 1
-
-
-def test_a_batch_of_nothing_is_refused():
-    with pytest.raises(UserError, match="1 request or more, not 0"):
-        fullest_expert_first([1], 0)
-    with pytest.raises(UserError, match="1 request or more, not -1"):
-        balanced_groups(np.ones((2, 1, 1), dtype=bool), -1)
+def test_the_first_goes_first_where_nothing_says_otherwise():
+    waiting = usages([0, 1, 1])
+    assert most_alike(waiting, []) == 0
+    assert most_alike(waiting[:1], waiting) == 0
+    assert most_alike([waiting[0]] * 3, [waiting[0]]) == 0
 
 
 def test_voting_keeps_more_of_what_tokens_want_at_equal_size():
@@ -297,11 +208,11 @@ def test_sharing_refuses_what_it_cannot_keep():
         SharedExperts(share=0)
 
 
-def test_only_light_experts_with_planes_in_memory_fall_back():
-    fallback = PlaneFallback(min_planes=2, max_weight=0.2)
-    weights, resident, total = [0.1, 0.3, 0.2, 0.1, 0.0], [2, 2, 1, 4, 3], [4] * 5
-    assert fallback.planes(weights, resident, total).tolist() == [2, 4, 4, 4, 3]
+def test_only_light_experts_that_are_missing_fall_back():
+    fallback = PlaneFallback(max_weight=0.2)
+    weights, whole = [0.1, 0.3, 0.2, 0.1], [False, False, False, True]
+    assert fallback.falls_back(weights, whole).tolist() == [True, False, True, False]
     exact = PlaneFallback(max_weight=0.0)
-    assert exact.planes(weights[:4], resident[:4], total[:4]).tolist() == [4] * 4
+    assert exact.falls_back([1e-6], [False]).tolist() == [False]
     with pytest.raises(UserError, match="max_weight 2"):
         PlaneFallback(max_weight=2)

@@ -85,6 +85,23 @@ SchedulerOption = Annotated[
         help="Who computes experts that the GPU lacks: the GPU, or also the processor.",
     ),
 ]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="des-vote|des-seq[:OPTION=VALUE,...]",
+        help="Sequences that decode together choose from one small set of experts; lossy.",
+    ),
+]
+LowBitOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        metavar="WEIGHT",
+        help="Experts that are not in memory and have at most this router weight run from their "
+        "first bit plane; for nested codecs; lossy.",
+    ),
+]
 MaxContextOption = Annotated[
     int | None, typer.Option(min=2, help="Tokens of prompt and answer that memory is kept for.")
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from moekit.runtime.budget import Budget
     from moekit.runtime.engine import Engine
+    from moekit.runtime.forecast_batch import Requests
     from moekit.runtime.forecast_decode import DecodePlan
     from moekit.runtime.generate import Generation
 
@@ -106,6 +107,12 @@ def forecast(
     if options.get("device", "cpu") != "cpu":
         raise UserError("--dry-run forecasts runs on the processor: leave out --device")
     set_up(0, threads)
+    asked = None
+    if requests is not None:
+        # Before anything is printed.
+        from moekit.runtime.forecast_batch import Requests
+
+        asked = Requests.parse(requests)
     plan = _plan(model, options, threads)
     for line in plan.notes:
         out.line(line)
@@ -121,8 +128,8 @@ def forecast(
         f"{plan.at((1 + plan.hit_rate) / 2).tokens_per_second:.1f} if half of the others are there"
     )
     found = {"dry_run": True, **plan.to_dict()}
-    if requests is not None:
-        found["server"] = _server(plan, requests, threads, out)
+    if asked is not None:
+        found["server"] = _server(plan, asked, threads, out)
     out.result(found)
 
 
@@ -130,13 +137,12 @@ def _routing(options: dict[str, Any]) -> str:
     return "never repeats itself" if options.get("trace") is None else "is as in the trace"
 
 
-def _server(plan: DecodePlan, requests: str, threads: int | None, out: Output) -> dict[str, Any]:
+def _server(plan: DecodePlan, asked: Requests, threads: int | None, out: Output) -> dict[str, Any]:
     """What MoE-Lens forecasts of many requests."""
     import torch
 
-    from moekit.runtime.forecast_batch import Requests, compute_rate, plan_server
+    from moekit.runtime.forecast_batch import compute_rate, plan_server
 
-    asked = Requests.parse(requests)
     made = plan_server(plan, asked, compute_rate(threads or torch.get_num_threads()))
     each = f"{asked.prompt} tokens answered with {asked.generated}"
     out.line(f"{made.streams} sequences that decode together: {made.decoding:.1f} tokens/s")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekit.cli.common import (
+    DryRunOption,
     Dtype,
     DtypeOption,
     ModelArgument,
     ThreadsOption,
     note,
+    output,
     set_up,
     table_lines,
 )
@@ -23,6 +25,7 @@ from moekit.cli.engine import (
     DeviceOption,
     ExpertCacheOption,
     GpuMemoryOption,
+    LowBitOption,
     MaxContextOption,
     MemoryOption,
     PolicyOption,
@@ -32,6 +35,7 @@ from moekit.cli.engine import (
     RunnerName,
     RunnerOption,
     SchedulerOption,
+    ShareOption,
     SlotsOption,
     TraceOption,
     engine_options,
@@ -80,6 +84,14 @@ def serve(
             help="Go on from the cache of an earlier prompt with the same beginning.",
         ),
     ] = True,
+    alike_first: Annotated[
+        bool,
+        typer.Option(
+            "--alike-first",
+            help="Of the queue, run together what needs the same experts; needs --predictor "
+            "expertflow with --trace, or a saved one.",
+        ),
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(help="The model's name in the API; by default that of its directory."),
@@ -103,6 +115,8 @@ def serve(
     prefetch: PrefetchOption = None,
     trace: TraceOption = None,
     slots_per_layer: SlotsOption = None,
+    share_experts: ShareOption = None,
+    low_bit_fallback: LowBitOption = None,
     device: DeviceOption = None,
     gpu_memory: GpuMemoryOption = None,
     scheduler: SchedulerOption = None,
@@ -112,12 +126,36 @@ def serve(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seeds the requests that give no seed.")
     ] = 0,
+    dry_run: DryRunOption = False,
+    requests: Annotated[
+        str,
+        typer.Option(
+            metavar="PROMPT+ANSWERxCOUNT", help="The requests that --dry-run forecasts, in tokens."
+        ),
+    ] = "512+128x100",
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON object when ready, and nothing else."),
     ] = False,
 ) -> None:
     """Serve a model to clients of OpenAI's API."""
+    if dry_run:
+        from moekit.cli.run_engine import forecast
+
+        planned = engine_options(
+            memory=memory,
+            expert_cache=expert_cache,
+            codec=codec,
+            resident_codec=resident_codec,
+            policy=policy,
+            trace=trace,
+            max_context=max_context,
+            streams=max_streams,
+            runner=runner,
+        )
+        with output(as_json) as out:
+            forecast(model, planned, threads, out, requests)
+        return
     _check_extra()
     from moekit.core.load import resolve_model
     from moekit.core.memory import bytes_of
@@ -142,6 +180,8 @@ def serve(
             prefetch=prefetch,
             trace=trace,
             slots_per_layer=slots_per_layer,
+            share_experts=share_experts,
+            low_bit_fallback=low_bit_fallback,
             device=device,
             gpu_memory=gpu_memory,
             scheduler=scheduler,
@@ -149,6 +189,7 @@ def serve(
             streams=max_streams,
             runner=runner,
         )
+        usage = _usage(options) if alike_first else None
         # Before the engine is opened, which measures what the program takes.
         from moekit.serve.app import build_app
         from moekit.serve.guard import HttpLimits
@@ -165,6 +206,7 @@ def serve(
                 chunk=chunk,
                 reuse_prefixes=prefix_reuse,
                 seed=seed,
+                usage=usage,
             )
             answer(
                 build_app(service, HttpLimits(body_bytes=body_bytes), api_key=api_key),
@@ -180,6 +222,19 @@ def _check_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"moekit serve needs {' and '.join(missing)}: pip install 'moekit[serve]'")
+
+
+def _usage(options: dict[str, Any]) -> Any:
+    """What predicts the experts of a prompt; the engine gets the same predictor."""
+    from moekit.core.trace import RoutingTrace
+    from moekit.runtime.predict.files import make_predictor, usage_of
+
+    name, trace = options.get("predictor"), options.get("trace")
+    if name is None:
+        raise UserError("--alike-first needs --predictor: expertflow with --trace, or a saved one")
+    traces = None if trace is None else [RoutingTrace.open(trace)]
+    options["predictor"] = make_predictor(name, traces=traces)
+    return usage_of(options["predictor"], name)
 
 
 def _native_could(engine: Engine) -> bool:

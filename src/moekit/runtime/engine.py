@@ -95,6 +95,8 @@ class Engine:
         self.runner = runner
         self.budget, self.gpu_budget = budget, gpu_budget
         self.cache = cache
+        # Experts of few bit planes, where some fall back to them.
+        self.low_bit: ExpertCache | None = None
         self.notes = list(notes)
         self.spec = spec
         self.config = config
@@ -191,6 +193,11 @@ class Engine:
                 self._stats.peak_gpu_bytes = self.cache.device.peak_bytes()
                 done = self.cache.below.stats
             self._stats.bytes_read = done.total_bytes
+        if self.low_bit is not None:
+            few = self.low_bit.stats
+            self._stats.hits += few.hits
+            self._stats.misses += few.misses
+            self._stats.bytes_read += few.demand_bytes
         self._stats.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return self._stats
 

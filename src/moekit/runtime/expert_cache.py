@@ -20,6 +20,7 @@ from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
 from moekit.runtime.readers import Load, Purpose, Readers
 from moekit.runtime.residency import NewSlots, Residency, record_sizes
+from moekit.runtime.schedule.read_order import hottest_first
 from moekit.runtime.slots import Slot, SlotMemory
 from moekit.runtime.store import ExpertStore
 
@@ -89,7 +90,7 @@ class ExpertCache:
         """Claim experts of a layer, all different: those in memory stay, the others are read.
 
         `tokens` is how many tokens go through the layer, `counts` how many of them use each
-        expert (1 by default).
+        expert (1 by default): the most used are read first.
         """
         numbers = np.asarray(experts, dtype=np.intp).reshape(-1)
         held: list[int] = numbers.tolist()
@@ -100,6 +101,9 @@ class ExpertCache:
             self._check_open()
             gains = self._gains.pop(layer, None)
             self._residency.use(layer, numbers, tokens, amounts, gains)
+            if amounts is not None:
+                order = hottest_first(amounts)
+                numbers, held = numbers[order], [held[i] for i in order.tolist()]
             self._layer = layer
             if layer in self._guarding:
                 self._forget_hint(layer)

@@ -13,17 +13,23 @@ from moekit.ops.native.structures import ExpertFormat
 
 
 def formats_of_layer(
-    layer: PackedLayer, activation: str, *, alpha: float = 0.0, limit: float = 0.0
+    layer: PackedLayer,
+    activation: str,
+    *,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    planes: int | None = None,
 ) -> list[ExpertFormat] | None:
     """The format of each expert whose records, all planes one after the other, lie at an address.
 
-    `activation`, `alpha` and `limit` are those of `ops.native.formats.expert_format`. Experts of
-    one codec share their format. None where the kernels cannot read a codec or the biases.
+    With `planes` only the first so many lie there. `activation`, `alpha` and `limit` are those of
+    `ops.native.formats.expert_format`. Experts of one codec share their format. None where the
+    kernels cannot read a codec or the biases.
     """
 
     @functools.cache
     def made(choice: CodecChoice) -> ExpertFormat | None:
-        return _expert_format(layer, layer.codecs.index(choice), activation, alpha, limit)
+        return _expert_format(layer, layer.codecs.index(choice), activation, alpha, limit, planes)
 
     found = [made(choice) for choice in layer.codecs]
     formats = [made for made in found if made is not None]
@@ -39,11 +45,11 @@ class RecordPlaces:
     biases: dict[str, int]
 
 
-def record_places(layer: PackedLayer, expert: int) -> RecordPlaces:
-    """Where the arrays of the record of an expert begin."""
+def record_places(layer: PackedLayer, expert: int, planes: int | None = None) -> RecordPlaces:
+    """Where the arrays of the record of an expert begin, or of its first `planes` planes."""
     found = RecordPlaces({matrix.name: [] for matrix in layer.matrices}, {})
     start = 0
-    for plane in range(layer.num_planes(expert)):
+    for plane in range(layer.num_planes(expert) if planes is None else planes):
         record = layer.record(expert, plane)
         for offsets in found.matrices.values():
             offsets.append({})
@@ -57,9 +63,14 @@ def record_places(layer: PackedLayer, expert: int) -> RecordPlaces:
 
 
 def _expert_format(
-    layer: PackedLayer, expert: int, activation: str, alpha: float, limit: float
+    layer: PackedLayer,
+    expert: int,
+    activation: str,
+    alpha: float,
+    limit: float,
+    planes: int | None,
 ) -> ExpertFormat | None:
-    codec, places = layer.codecs[expert].make(), record_places(layer, expert)
+    codec, places = layer.codecs[expert].make(), record_places(layer, expert, planes)
     shapes = {matrix.name: (matrix.shape[0], matrix.shape[1]) for matrix in layer.matrices}
     matrices = {
         name: matrix_format(codec, shapes[name], at) for name, at in places.matrices.items()

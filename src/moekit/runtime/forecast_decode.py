@@ -7,7 +7,7 @@ taken to be as uniform as it could be; real routing repeats itself, so it is fas
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ from moekit.runtime.decoder_shape import supports
 from moekit.runtime.disk_speed import DiskSpeed, disk_speed, file_speed
 from moekit.runtime.expert_cache import record_sizes
 from moekit.runtime.known_routing import expected_hit_rate, open_trace
-from moekit.runtime.perf_model import DecodeForecast, DecodeLoad, Machine, decode_roofline
+from moekit.runtime.perf_model import (
+    DecodeForecast,
+    DecodeLoad,
+    Machine,
+    decode_roofline,
+    expected_distinct,
+)
 from moekit.runtime.prefetch import PREDICTION_SECONDS, pays
 from moekit.runtime.store import ExpertStore
 
@@ -59,6 +65,7 @@ class DecodePlan:
     budget: Budget
     machine: Machine
     load: DecodeLoad
+    num_experts: int
     hit_rate: float
     forecast: DecodeForecast
     notes: tuple[str, ...]
@@ -66,6 +73,13 @@ class DecodePlan:
     def at(self, hit_rate: float) -> DecodeForecast:
         """The forecast for another share of experts found in memory."""
         return decode_roofline(self.load, self.machine, hit_rate=hit_rate)
+
+    def together(self, streams: int, flops: float | None = None) -> DecodeForecast:
+        """The forecast for so many sequences that decode together, at the same hit rate and at most
+        `flops` operations a second; they choose experts independently of each other."""
+        distinct = expected_distinct(self.num_experts, round(self.load.distinct), streams)
+        load = replace(self.load, batch=streams, distinct=distinct)
+        return decode_roofline(load, replace(self.machine, flops=flops), hit_rate=self.hit_rate)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -115,6 +129,7 @@ def plan_decode(
     resident_codec: str | None = None,
     runner: str = "auto",
     max_context: int | None = None,
+    streams: int = 1,
     threads: int = 1,
     policy: str = "auto",
     trace: str | Path | None = None,
@@ -139,9 +154,9 @@ def plan_decode(
     needs = Needs(
         charged + PROGRAM_GROWTH,
         resident,
-        kv_bytes * context,
+        streams * kv_bytes * context,
         _scratch(spec),
-        streams=1,
+        streams=streams,
         max_context=context,
     )
     budget = plan_budget(limit, needs, sizes, spec.top_k, charged + left, expert_cache)
@@ -163,6 +178,7 @@ def plan_decode(
         layers=len(spec.per_layer),
         distinct=sum(layer.top_k for layer in spec.per_layer) / len(spec.per_layer),
         expert_bytes=float(sizes[sizes > 0].mean()),
+        active_params=spec.params.active_no_embedding + spec.vocab_size * spec.hidden_size,
         kv_bytes=kv_bytes,
         context=min(256, context),
     )
@@ -174,7 +190,7 @@ def plan_decode(
     if rate is None:
         rate = min(1.0, budget.expert_cache / budget.all_experts)
     forecast = decode_roofline(load, machine, hit_rate=rate)
-    return DecodePlan(budget, machine, load, rate, forecast, notes)
+    return DecodePlan(budget, machine, load, spec.num_experts, rate, forecast, notes)
 
 
 def _experts(

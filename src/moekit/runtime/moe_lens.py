@@ -12,21 +12,10 @@ from dataclasses import dataclass
 from moekit.core.errors import UserError
 
 
-def saturation_tokens(flops: float, io_bandwidth: float, num_experts: int, top_k: int) -> float:
-    """Tokens of one iteration from which the device and not the link is the limit, for weights of
-    two bytes: two operations a byte, times the share of the experts that a token uses."""
-    return flops / io_bandwidth * num_experts / top_k
-
-
 def memory_efficiency(prompt: int, generated: int) -> float:
     """PME: tokens that a slot of KV memory lets through, for requests of these lengths, an
     iteration; the request holds p + j slots in its iteration j = 0..g."""
     return (prompt + generated) / ((generated + 1) * (2 * prompt + generated) / 2)
-
-
-def overlapped_kv(kv_tokens: float, prompt: int, generated: int) -> float:
-    """What KV memory is worth when requests of all ages share it, against all at their longest."""
-    return kv_tokens * (prompt + generated) / (prompt + generated / 2)
 
 
 @dataclass(frozen=True)
@@ -79,12 +68,6 @@ def batch_forecast(load: BatchLoad, requests: int, block: int = 16) -> BatchFore
     iterations = requests / joining + load.generated
     total = requests * (load.prompt + load.generated) / (iterations * load.weight_seconds)
     return _batch(load, total, by_memory)
-
-
-def host_bandwidth(load: BatchLoad, io_bandwidth: float, kv_bytes: float) -> float:
-    """Bytes a second that the host's memory must give: the KV cache once an iteration, `kv_bytes`
-    a token, and the weights that go over the link."""
-    return load.kv_tokens * kv_bytes / load.weight_seconds + io_bandwidth
 
 
 def _batch(load: BatchLoad, rate: float, by_memory: float) -> BatchForecast:

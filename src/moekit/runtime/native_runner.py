@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +25,16 @@ from moekit.runtime.claim import Claim
 from moekit.runtime.decoder_shape import DecoderShape, NotSupportedError, decoder_shape
 from moekit.runtime.decoder_weights import DecoderWeights
 from moekit.runtime.expert_cache import ExpertCache
+from moekit.runtime.low_bit import LowBitExperts
+from moekit.runtime.schedule.sharing import SharedExperts
 from moekit.runtime.store import ExpertStore
 
 # Rows of a step. More of them read each expert less often, and take more scratch memory.
 MAX_ROWS = 256
 # Positions whose angles are computed at once.
 POSITIONS = 4096
+# A logit whose softmax is 0, and that arithmetic leaves finite.
+OUTSIDE = -1e30
 
 
 class ExpertSource(Protocol):
@@ -87,7 +91,8 @@ class NativeRunner:
     them as stored, or in `dtype`. Keys and values are float32 or bfloat16 (`kv_dtype`, default:
     float32 where the matrices are). A step has at most `max_rows` rows. `observer` is told what
     every MoE layer chose. A token's logits do not depend on the other rows of a step, on how a
-    prompt is cut, on the number of threads, nor on which experts were in memory.
+    prompt is cut, on the number of threads, nor on which experts were in memory, unless `sharing`
+    or `low_bit` is set, which are lossy.
 
     Raises UserError for a model that `supports` gives a reason against.
     """
@@ -127,6 +132,8 @@ class NativeRunner:
         self.kv = kv_shape(self._pool, self.weights.model)
         self.max_rows = max_rows
         self.observer = observer
+        self.sharing: SharedExperts | None = None
+        self.low_bit: LowBitExperts | None = None
         self.kv_bytes_per_token = self.kv.nbytes(KEY_BLOCK) // KEY_BLOCK
         self.experts: ExpertSource = _all_of(store) if experts is None else experts
         self._decoder = Decoder(self._pool, self.weights.model, self.weights)
@@ -149,6 +156,22 @@ class NativeRunner:
     def seconds(self) -> dict[str, float]:
         """Time spent in native code since the start, by stage."""
         return self._decoder.seconds
+
+    def share_experts(self, sharing: SharedExperts) -> None:
+        """Let sequences that are run together choose from one set of experts; lossy.
+
+        Raises UserError where routers choose by more than their logits.
+        """
+        for layer in self.shape.layers:
+            router = layer.router
+            if router is None:
+                continue
+            if router.correction is not None or router.spec.num_groups > 1:
+                raise UserError(
+                    "expert sharing works on logits alone; the routers of this model also choose "
+                    "by a correction bias or by groups"
+                )
+        self.sharing = sharing
 
     def new_sequence(self, capacity: int) -> NativeSequence:
         """An empty sequence with room for `capacity` tokens."""
@@ -217,7 +240,8 @@ class NativeRunner:
         return rows, counts
 
     def _step(self, rows: np.ndarray, wanted: np.ndarray, out: np.ndarray) -> None:
-        if self.observer is None and self.experts.table.all():
+        watched = self.observer is not None or self.sharing is not None
+        if not watched and self.experts.table.all():
             self._decoder.step(rows, self.experts.table, wanted, out)
             return
         self._decoder.begin(rows)
@@ -230,18 +254,51 @@ class NativeRunner:
 
     def _experts(self, index: int, moe: int) -> None:
         ids, weights = self._decoder.chosen(index)
-        table = self.experts.table[moe]
+        if self.sharing is not None and self.sharing.applies(len(ids)):
+            self._share(index, self.sharing)
         if self.observer is not None:
             self.observer(Routed(moe, ids, weights, self._decoder.hidden()))
         needed, counts = (ids[0], None) if len(ids) == 1 else np.unique(ids, return_counts=True)
-        with self.experts.begin(moe, needed, tokens=len(ids), counts=counts) as claim:
-            self._decoder.experts(index, claim.ready, table[claim.ready])
+        low = self.low_bit
+        if low is None:
+            self._run(index, moe, self.experts, needed, counts, len(ids))
+        else:
+            falls = low.falls_back(needed, ids, weights, self.experts.table[moe])
+            for source, part, formats in (
+                (self.experts, ~falls, None),
+                (low.cache, falls, low.formats[moe]),
+            ):
+                own = None if counts is None else counts[part]
+                self._run(index, moe, source, needed[part], own, len(ids), formats)
+        self._decoder.combine(index)
+
+    def _run(
+        self,
+        index: int,
+        moe: int,
+        source: ExpertSource,
+        needed: np.ndarray,
+        counts: np.ndarray | None,
+        tokens: int,
+        formats: Any = None,
+    ) -> None:
+        """Apply the experts `needed` of a layer, those in memory before those that are read."""
+        table = source.table[moe]
+        with source.begin(moe, needed, tokens=tokens, counts=counts) as claim:
+            self._decoder.experts(index, claim.ready, table[claim.ready], formats)
             if len(claim.ready) < len(needed):
                 claim.done(claim.ready)
                 for arrived in claim.arrivals():
-                    self._decoder.experts(index, arrived, table[arrived])
+                    self._decoder.experts(index, arrived, table[arrived], formats)
                     claim.done(arrived)
-        self._decoder.combine(index)
+
+    def _share(self, index: int, sharing: SharedExperts) -> None:
+        """Let all rows choose anew within one set of experts."""
+        scores = self._decoder.scores(index)
+        top_k = self._decoder.layers[index].router.rule.top_k
+        outside = ~sharing.chosen(torch.from_numpy(scores), top_k)
+        scores[:, outside.numpy()] = OUTSIDE
+        self._decoder.choose(index)
 
     def router_scores(self, layer: int, hidden: np.ndarray) -> np.ndarray:
         """Router logits [T, E] of MoE layer `layer` for any hidden states [T, D].
@@ -257,6 +314,8 @@ class NativeRunner:
 
     def close(self) -> None:
         """Give back weights and threads; nothing may be called afterwards."""
+        if self.low_bit is not None:
+            self.low_bit.cache.close()
         self._decoder.close()
         self._pool.close()
 

@@ -21,6 +21,8 @@ from moekit.runtime.device.device import open_device
 from moekit.runtime.engine import Engine
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.pack_cache import packed_copy
+from moekit.runtime.schedule.fallback import PlaneFallback
+from moekit.runtime.schedule.sharing import shared_experts
 
 if TYPE_CHECKING:
     from moekit.core.cache_score import CacheScore
@@ -43,6 +45,8 @@ def open_engine(
     prefetch: bool = True,
     trace: str | Path | None = None,
     slots_per_layer: bool = False,
+    share_experts: str | None = None,
+    low_bit_fallback: float | PlaneFallback | None = None,
     codec: str | None = None,
     resident_codec: str | None = None,
     dtype: str | None = None,
@@ -69,6 +73,11 @@ def open_engine(
     the `trace` (`moekit trace`). Layers share the slots of the cache unless `slots_per_layer`. With
     memory "auto", where not all experts fit, the policy is chosen by replaying a short trace.
 
+    Two ways to read fewer experts are lossy, off unless asked for, and need the native runner:
+    `share_experts` ("des-vote", "des-seq:per_token=2") lets sequences that decode together choose
+    from one small set; with `low_bit_fallback` missing experts of at most this router weight run
+    from the first bit plane of a nested codec.
+
     `resident_codec` encodes what is not an expert too, which is lossy. `dtype` is the number format
     of the weights that are not encoded (default: as stored). `runner` is "native" (the common
     shapes), "graph" (any decoder-only family) or "auto".
@@ -92,6 +101,8 @@ def open_engine(
             name = "scheduler" if gpu_memory is None else "gpu_memory"
             raise UserError(f"{name} needs a GPU: give device='cuda' too")
     else:
+        if share_experts is not None or low_bit_fallback is not None:
+            raise UserError("share_experts and low_bit_fallback need the processor: no device")
         # Before a model is packed for nothing.
         open_device(device)
     limit = None if memory in (None, AUTO) else bytes_of(memory or 0)
@@ -103,6 +114,8 @@ def open_engine(
     packed = (Path(source) / PACKED_FILE).is_file()
     whole = memory is None and codec is None and expert_cache is None and device is None
     if not packed and whole:
+        if share_experts is not None or low_bit_fallback is not None:
+            raise UserError("share_experts and low_bit_fallback need a packed model: give a codec")
         return _open_whole(path, dtype, runner, max_context, streams)
     from moekit.runtime.open_packed import Request, open_packed
 
@@ -126,12 +139,20 @@ def open_engine(
         streams=streams,
         slots_per_layer=slots_per_layer,
         trace=trace,
+        sharing=None if share_experts is None else shared_experts(share_experts),
+        fallback=_fallback(low_bit_fallback),
         chooses_policy=memory == AUTO and policy == AUTO and device is None,
         device=device,
         gpu_memory=None if gpu_memory in (None, AUTO) else bytes_of(gpu_memory or 0),
         scheduler=scheduler or "on-demand",
     )
     return open_packed(directory, request, notes)
+
+
+def _fallback(given: float | PlaneFallback | None) -> PlaneFallback | None:
+    if given is None or isinstance(given, PlaneFallback):
+        return given
+    return PlaneFallback(max_weight=given)
 
 
 def _open_whole(

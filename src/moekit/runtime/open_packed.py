@@ -35,6 +35,7 @@ from moekit.runtime.expert_backend import ExpertBackend
 from moekit.runtime.expert_cache import ExpertCache, online_policy, record_sizes
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.known_routing import open_trace, usage
+from moekit.runtime.low_bit import LowBitExperts
 from moekit.runtime.native_runner import NativeRunner, Routed
 from moekit.runtime.predict.files import make_predictor
 from moekit.runtime.predict.gates import Gate, gates_of
@@ -43,6 +44,8 @@ from moekit.runtime.prefetch import Filling, Prefetching, new_prefetcher, pays
 from moekit.runtime.recent_scores import RecentScores
 from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
+from moekit.runtime.schedule.fallback import PlaneFallback
+from moekit.runtime.schedule.sharing import SharedExperts
 from moekit.runtime.store import ExpertStore
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class Request:
     streams: int | None
     slots_per_layer: bool = False
     trace: str | Path | None = None
+    sharing: SharedExperts | None = None
+    fallback: PlaneFallback | None = None
     chooses_policy: bool = False
     device: str | None = None
     gpu_memory: int | None = None
@@ -126,6 +131,7 @@ def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
             cache=cache,
             notes=notes,
         )
+        engine.low_bit = opening.low_bit
         stack.pop_all()
     return engine
 
@@ -166,6 +172,7 @@ class _Opening:
         self.program, self.available = program, available
         self.sizes = record_sizes(store)
         self.notes = notes
+        self.low_bit: ExpertCache | None = None
         self.trace = None
         if request.trace is not None:
             self.trace = open_trace(request.trace, [x.num_experts for x in store.layers])
@@ -199,6 +206,9 @@ class _Opening:
     def _cache(self, budget: Budget, stack: ExitStack) -> ExpertCache:
         given = self.request.policy
         score = given if isinstance(given, CacheScore) else online_policy(given)
+        nbytes, rule = budget.expert_cache, self.request.fallback
+        if rule is not None and not budget.complete:
+            nbytes -= int(rule.share * nbytes)
         ranks = None
         if score.profile:
             if self.trace is None:
@@ -210,7 +220,7 @@ class _Opening:
         made = stack.enter_context(
             ExpertCache(
                 self.store,
-                budget.expert_cache,
+                nbytes,
                 policy=score,
                 per_layer=self.request.slots_per_layer,
                 profile=ranks,
@@ -233,6 +243,11 @@ class _Opening:
 
     def graph(self, stack: ExitStack) -> tuple[Runner, Budget, ExpertCache]:
         """The family's own modules."""
+        if self.request.sharing is not None or self.request.fallback is not None:
+            raise UserError(
+                "share_experts and low_bit_fallback need the native runner, which does not run "
+                "this model"
+            )
         if self.request.resident_codec is not None and self.store.header.encoded is None:
             raise UserError("resident_codec needs the native runner, which does not run this model")
         model = resident_model(self.store, self.config, self.dtype)
@@ -271,6 +286,7 @@ class _Opening:
         budget = self._budget(runner.resident_bytes, kv_cache, scratch)
         cache = self._cache(budget, stack)
         runner.experts = cache
+        self._make_lossy(runner, budget, stack)
         watchers = self._watchers(cache, budget, lambda: _native_gates(runner, self.spec))
         if watchers:
             runner.observer = _all_of([watcher.routed for watcher in watchers])
@@ -278,6 +294,21 @@ class _Opening:
             # Whole steps in one call need every expert in memory, also those never chosen.
             runner.observer = Filling(cache, lambda: setattr(runner, "observer", None)).routed
         return runner, budget, cache
+
+    def _make_lossy(self, runner: NativeRunner, budget: Budget, stack: ExitStack) -> None:
+        """What changes results, where it was asked for."""
+        sharing, rule = self.request.sharing, self.request.fallback
+        if sharing is not None:
+            runner.share_experts(sharing)
+            self.notes.append("sequences that decode together share experts: lossy")
+        if rule is not None and not budget.complete:
+            nbytes = int(rule.share * budget.expert_cache)
+            runner.low_bit = LowBitExperts(self.store, nbytes, rule, runner.shape)
+            self.low_bit = stack.enter_context(runner.low_bit.cache)
+            self.notes.append(
+                f"missing experts of router weight up to {rule.max_weight:g} run from "
+                f"{rule.planes} bit plane(s): lossy"
+            )
 
     # -- what watches the routers --
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from moekit.runtime.sampling import Sampler, TokenLogprobs
 
@@ -65,3 +66,5 @@ class Job:
     new_tokens: int = 0
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    usage: Any = None  # of experts, as predicted
+    passed_over: int = 0

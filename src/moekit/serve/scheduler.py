@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moekit.runtime.runner import Runner
 from moekit.runtime.sampling import choose_all, token_logprobs
+from moekit.runtime.schedule.batches import Usage, most_alike
 from moekit.serve.job import Closing, Event, Failed, Finished, Job, NewToken, QueueFull
 from moekit.serve.slots import Slot, Slots
 from moekit.serve.statistics import Statistics
@@ -25,6 +26,8 @@ from moekit.serve.statistics import Statistics
 # Prompt tokens whose log probabilities are taken in one step: by their bytes, at least a few.
 SCORED_BYTES = 8 << 20
 LEAST_SCORED = 16
+# Of the queue, how many jobs are compared for a free slot, and how often one may be passed over.
+WINDOW, PATIENCE = 32, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +48,24 @@ class Scheduler:
     """Runs any number of jobs on one runner, `limits.streams` of them at a time.
 
     Jobs wait in a queue; a free slot goes to the oldest job of the request that has the fewest
-    running. Every step gives each running sequence its next token, or a share of the chunk while
-    it is still in its prompt. Methods may be called from any thread. What a job gets depends
-    neither on the others nor on their order, as far as the runner keeps sequences independent.
+    running, or, with `usage`, which predicts the experts of a prompt, to the job most alike to
+    those running: nobody is passed over more than `PATIENCE` times. Every step gives each running
+    sequence its next token, or a share of the chunk while it is still in its prompt. Methods may be
+    called from any thread. What a job gets depends neither on the others nor on their order, as far
+    as the runner keeps sequences independent.
     """
 
     def __init__(
-        self, runner: Runner, limits: Limits, *, vocab_size: int, reuse_prefixes: bool = True
+        self,
+        runner: Runner,
+        limits: Limits,
+        *,
+        vocab_size: int,
+        reuse_prefixes: bool = True,
+        usage: Callable[[Sequence[int]], Usage] | None = None,
     ) -> None:
         self.limits = limits
+        self._usage = usage
         self.statistics = Statistics()
         self._runner = runner
         self._slots = Slots(runner, limits.streams, limits.context, reuse=reuse_prefixes)
@@ -85,6 +97,9 @@ class Scheduler:
 
         Raises QueueFull where more than `limits.queue` would wait, Closing after `close`.
         """
+        if self._usage is not None:
+            for job in jobs:
+                job.usage = self._usage(job.prompt)
         with self._wake:
             if self._closing:
                 raise Closing("the server is shutting down")
@@ -158,8 +173,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._queue and self._slots.free:
-            running = Counter(id(job.group) for job in self._slots.running.values())
-            job = min(self._queue, key=lambda job: running[id(job.group)])
+            job = self._next()
             self._queue.remove(job)
             try:
                 self._slots.take(job)
@@ -168,6 +182,19 @@ class Scheduler:
                 self.statistics.ended("error")
             else:
                 self.statistics.started(job)
+
+    def _next(self) -> Job:
+        """Who in the queue gets the next free slot."""
+        running = Counter(id(job.group) for job in self._slots.running.values())
+        fewest = min(running[id(job.group)] for job in self._queue)
+        waiting = [job for job in self._queue if running[id(job.group)] == fewest][:WINDOW]
+        if self._usage is None or waiting[0].passed_over >= PATIENCE:
+            return waiting[0]
+        beside = [job.usage for job in self._slots.running.values()]
+        chosen = most_alike([job.usage for job in waiting], beside)
+        for job in waiting[:chosen]:
+            job.passed_over += 1
+        return waiting[chosen]
 
     def _step(self) -> None:
         """Feed every running sequence and choose the next token where its prompt is through."""

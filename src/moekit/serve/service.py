@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from moekit.core.errors import UserError
 from moekit.core.seeds import derive_seed
 from moekit.runtime.engine import Engine
 from moekit.runtime.sampling import Sampling
+from moekit.runtime.schedule.batches import Usage
 from moekit.serve.answer import Answer, Asked
 from moekit.serve.errors import ApiError
 from moekit.serve.job import Closing, QueueFull
@@ -38,7 +39,8 @@ Result = TypeVar("Result")
 class Service:
     """One model behind the API.
 
-    `seed` is what requests without one get theirs from, each another.
+    `seed` is what requests without one get theirs from, each another. `usage` predicts the experts
+    of a prompt, to run requests together that need the same ones.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Service:
         chunk: int = 128,
         reuse_prefixes: bool = True,
         seed: int = 0,
+        usage: Callable[[Sequence[int]], Usage] | None = None,
     ) -> None:
         self.engine = engine
         self.name = name
@@ -57,7 +60,11 @@ class Service:
         self.vocab_size: int = engine.config.get_text_config(decoder=True).vocab_size
         self.limits = Limits(engine.streams, engine.max_context, queue, chunk)
         self.scheduler = Scheduler(
-            engine.runner, self.limits, vocab_size=self.vocab_size, reuse_prefixes=reuse_prefixes
+            engine.runner,
+            self.limits,
+            vocab_size=self.vocab_size,
+            reuse_prefixes=reuse_prefixes,
+            usage=usage,
         )
         self.names = TokenNames(engine.tokenizer)
         self._seed = seed

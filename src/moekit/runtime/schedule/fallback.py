@@ -1,6 +1,6 @@
-"""Using the bit planes of an expert that are in memory instead of waiting for the others.
+"""Running a missing expert of little weight from a few of its bit planes instead of all of them.
 
-Lossy, and off unless asked for.
+Lossy, and off unless asked for. Shapes: n chosen experts.
 """
 
 from __future__ import annotations
@@ -15,35 +15,32 @@ from moekit.core.registry import register
 @register(
     "scheduler",
     "plane-fallback",
-    title="A missing expert of little weight runs from the low-bit planes in memory",
+    title="A missing expert of little weight runs from its low-bit planes",
     paper="Fate 2502.12224; D2MoE 2504.15299",
     lossless=False,
-    limits="For nested codecs. Changes the output, and by how much depends on what is in memory.",
+    limits="For nested codecs and the native runner. Changes the output, and by how much depends "
+    "on what is in memory.",
     options={
-        "min_planes": "planes that must be in memory",
         "max_weight": "largest router weight of an expert that may fall back, 0 to 1",
+        "planes": "planes that it then runs from",
+        "share": "of the expert cache, for experts of so few planes",
     },
 )
 class PlaneFallback:
-    """Says which planes of the chosen experts to use."""
+    """Says which of the chosen experts run from their first `planes` planes.
 
-    def __init__(self, *, min_planes: int = 1, max_weight: float = 0.1) -> None:
-        if min_planes < 1 or not 0 <= max_weight <= 1:
+    Those are kept in a `share` of the expert cache of their own, and read alone.
+    """
+
+    def __init__(self, *, max_weight: float = 0.1, planes: int = 1, share: float = 0.25) -> None:
+        if planes < 1 or not 0 <= max_weight <= 1 or not 0 < share < 1:
             raise UserError(
-                f"min_planes {min_planes} must be 1 or more and max_weight {max_weight} in 0 to 1"
+                f"planes {planes} must be 1 or more, max_weight {max_weight} and share {share} "
+                "between 0 and 1"
             )
-        self.min_planes, self.max_weight = min_planes, max_weight
+        self.max_weight, self.planes, self.share = max_weight, planes, share
 
-    def planes(
-        self, weights: ArrayLike, resident: ArrayLike, total: ArrayLike
-    ) -> NDArray[np.int64]:
-        """Planes to compute each of n experts with, [n].
-
-        `weights` [n] is the largest router weight that any token gives the expert, `resident` [n]
-        and `total` [n] count its planes in memory and in all. Where the answer exceeds `resident`,
-        the rest is to be read.
-        """
-        held, all_planes = np.asarray(resident), np.asarray(total)
-        light = np.asarray(weights) <= self.max_weight
-        falls_back = light & (held >= self.min_planes)
-        return np.where(falls_back, np.minimum(held, all_planes), all_planes).astype(np.int64)
+    def falls_back(self, weights: ArrayLike, whole: ArrayLike) -> NDArray[np.bool_]:
+        """Which experts fall back, [n]: `weights` [n] is the largest router weight that any token
+        gives each, `whole` [n] whether all its planes are in memory."""
+        return ~np.asarray(whole, dtype=bool) & (np.asarray(weights) <= self.max_weight)

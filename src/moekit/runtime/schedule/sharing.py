@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.core.layer import MoELayer
-from moekit.core.registry import register_preset
+from moekit.core.method_text import parse_method
+from moekit.core.registry import register_preset, registry
 
 
 def shared_by_sequence(logits: Tensor, per_token: int) -> Tensor:
@@ -35,7 +36,8 @@ def shared_by_vote(logits: Tensor, top_k: int, size: int) -> Tensor:
 
 
 class SharedExperts:
-    """A transform of router logits, for `view.transform_routing(..., on="logits")`.
+    """Chooses the set; of a model in torch also a transform of router logits, for
+    `view.transform_routing(..., on="logits")`.
 
     By "sequence" the set is the union of each token's `per_token` best experts, by "vote" the
     `share` of all experts with the most weight; never fewer than K. Every token then chooses its K
@@ -55,12 +57,16 @@ class SharedExperts:
             raise UserError(f"per_token {per_token} must be 1 or more, share {share} in (0, 1]")
         self.by, self.per_token, self.share, self.max_tokens = by, per_token, share, max_tokens
 
+    def applies(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens shares experts."""
+        return 1 < tokens <= self.max_tokens
+
     def __call__(self, layer: MoELayer, logits: Tensor, hidden: Tensor) -> Tensor:
         """Logits [N, C] with minus infinity outside the set.
 
         Raises UserError for a family with a correction bias, which could still choose those.
         """
-        if not 1 < len(logits) <= self.max_tokens:
+        if not self.applies(len(logits)):
             return logits
         if layer.correction_bias is not None:
             raise UserError(
@@ -83,7 +89,10 @@ class SharedExperts:
         return found
 
 
-_LIMITS = "Changes the output. Not for families with a correction bias."
+_LIMITS = (
+    "Changes the output. Needs the native runner, which runs sequences together; not for families "
+    "with a correction bias or groups of experts."
+)
 register_preset(
     SharedExperts,
     "des-seq",
@@ -104,3 +113,18 @@ register_preset(
     limits=_LIMITS,
     settings={"by": "vote"},
 )
+
+
+def shared_experts(text: str) -> SharedExperts:
+    """Expert sharing by name, as "des-vote" or with options, "des-vote:share=0.2".
+
+    Raises UserError for an unknown name or option.
+    """
+    name, options = parse_method(text)
+    build = registry.find(name, kind="scheduler").load()
+    if getattr(build, "func", None) is not SharedExperts:
+        raise UserError(f"{name} shares no experts: des-seq and des-vote do")
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from None
