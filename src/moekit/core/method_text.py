@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from moekit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moekit.core.registry import Method
+
+PLAIN_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -24,3 +30,19 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         except ValueError:
             options[option] = value
     return name.strip(), options
+
+
+def check_options(method: Method, options: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for an option that a method does not have, or a value of another type.
+
+    `where` names the place in the error, as "--method reap".
+    """
+    known = {option.name: option for option in method.options}
+    for key, value in options.items():
+        if key not in known:
+            there = ", ".join(known) or "none"
+            raise UserError(f"{where} has no option {key!r}; there are {there}")
+        wanted = known[key].type.split(" | ")[0]
+        right = isinstance(value, PLAIN_TYPES.get(wanted, object))  # type: ignore[arg-type]
+        if not right or (isinstance(value, bool) and wanted != "bool"):
+            raise UserError(f"{where}: {key} is {wanted}, not {value!r}")

@@ -141,6 +141,19 @@ def condense_plan(
     )
 
 
+def anyhow(spec: MoESpec, keep: Mapping[int, int], router: str) -> ExpertPlan:
+    """A plan of the same size that merges neighbours, for forecasts: nothing is read or run."""
+    layers = {}
+    for layer in spec.per_layer:
+        count, experts = keep[layer.layer_index], layer.num_experts
+        inner = count // layer.num_groups
+        size = experts // layer.num_groups
+        slots = [e // size * inner + e % size % inner for e in range(experts)]
+        groups = [[e for e in range(experts) if slots[e] == slot] for slot in range(count)]
+        layers[layer.layer_index] = _actions(Groups(groups), torch.ones(experts).double())
+    return ExpertPlan(layers, Fingerprint.of(spec), routers=dict.fromkeys(layers, router))
+
+
 def _reader(experts: ModelExperts, position: int) -> Any:
     return lambda e: experts.read(position, e)
 
