@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moekit.core.find import MoESite, find_moe
@@ -44,7 +44,7 @@ def resident_model(
             held[leaf] = value
     _check_complete(store, model)
     if device is not None:
-        _move_buffers(model, device)
+        move(model, device)
     return model
 
 
@@ -64,12 +64,21 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     return found
 
 
-def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Move what no file holds, such as the frequencies of rotary embeddings."""
+def move(model: PreTrainedModel, device: torch.device) -> None:
+    """Move all of a model to `device` but its experts, which stay on meta; also what no file holds,
+    such as the frequencies of rotary embeddings. Tied tensors stay tied."""
+    moved: dict[int, Tensor] = {}
     for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[leaf] = buffer.to(device)
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in holders:
+            for leaf, tensor in held.items():
+                if tensor is None or tensor.is_meta or tensor.device == device:
+                    continue
+                if id(tensor) not in moved:
+                    value = tensor.to(device)
+                    wraps = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(value, False) if wraps else value
+                held[leaf] = moved[id(tensor)]
 
 
 def _check_complete(store: ExpertStore, model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from moekit.core.packed import PAGE
 from moekit.runtime.budget import OVERHEAD_SHARE
 from moekit.runtime.device import opening
 from moekit.runtime.device.device import open_device
+from moekit.runtime.device.linear import EncodedLinear
 from moekit.runtime.store import ExpertStore
 from tests.families.tiny import TINY, build_tiny
 from tests.runtime.device.fake_device import FakeDevice
@@ -120,6 +121,19 @@ def test_generates_and_gives_everything_back(on_device, device):
         assert [len(row) for row in made] == [9, 5]
         assert device.pinned
     assert not device.pinned
+
+
+def test_linear_layers_encoded(packed, on_device, expected):
+    with on_device(1.0) as engine:
+        plain = engine.gpu_budget.needs.resident
+    engine = moekit.open_engine(packed, resident_codec="int8", **OPTIONS)
+    encoded = [m for m in engine.runner.model.modules() if isinstance(m, EncodedLinear)]
+    assert encoded
+    assert engine.gpu_budget.needs.resident < plain
+    found, _ = logits(engine)
+    # Eight bits of the attention and of the head, beside four of the experts: near and not equal.
+    assert not torch.allclose(found, expected, **CLOSE)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize(

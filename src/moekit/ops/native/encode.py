@@ -9,8 +9,9 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.ops.codecs.codec import Codec
 from moekit.ops.codecs.groups import GroupCodec
+from moekit.ops.codecs.memory import ALIGN
 from moekit.ops.codecs.tiles import TILE_ROWS, tiled_nbytes
-from moekit.ops.native.formats import ALIGN, KINDS, in_memory, matrix_format
+from moekit.ops.native.formats import KINDS, in_memory, matrix_format
 from moekit.ops.native.library import Pool
 from moekit.ops.native.structures import Format
 

@@ -11,10 +11,10 @@ from moekit.ops.codecs.binary import BinaryCodec
 from moekit.ops.codecs.bit_fields import fields, packed_bytes
 from moekit.ops.codecs.codec import Codec, Encoded
 from moekit.ops.codecs.groups import GroupCodec
+from moekit.ops.codecs.memory import lay_out
 from moekit.ops.codecs.nested import NestedCodec
 from moekit.ops.codecs.plain import PlainCodec
 from moekit.ops.codecs.ternary import TernaryCodec
-from moekit.ops.codecs.tiles import tile, tiled_nbytes
 from moekit.ops.native.structures import (
     ACTIVATIONS,
     BF16,
@@ -31,7 +31,6 @@ from moekit.ops.native.structures import (
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 # For each plane of a matrix, array name -> bytes from the base at which it begins.
 Offsets = Sequence[Mapping[str, int]]
-ALIGN = 64
 # Entries of the table of a field.
 LUT = 32
 
@@ -129,25 +128,9 @@ def in_memory(codec: Codec, encoded: Encoded) -> tuple[Format, Tensor] | None:
 
     None for a codec without kernels.
     """
-    arrays, offsets, size = [], [], 0
-    for plane, layout in zip(encoded.planes, codec.layout(encoded.shape), strict=False):
-        places = {}
-        for part in layout:
-            array = plane[part.name]
-            arrays.append((size, tile(array) if codec.tiled else array.contiguous()))
-            places[part.name] = size
-            nbytes = tiled_nbytes(part) if codec.tiled else part.nbytes
-            size += -(-nbytes // ALIGN) * ALIGN
-        offsets.append(places)
+    offsets, memory = lay_out(codec, encoded)
     made = matrix_format(codec, encoded.shape, offsets)
-    if made is None:
-        return None
-    memory = torch.zeros(size + ALIGN, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % ALIGN :][:size]
-    for offset, array in arrays:
-        raw = array.reshape(-1).view(torch.uint8)
-        memory[offset : offset + len(raw)] = raw
-    return made, memory
+    return None if made is None else (made, memory)
 
 
 def expert_format(

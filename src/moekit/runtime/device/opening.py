@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moekit.core.cache_score import policy
 from moekit.core.errors import UserError
 from moekit.core.memory import format_bytes
 from moekit.core.registry import registry
 from moekit.core.view import MoEView
+from moekit.ops.codecs import Codec, make_codec
 from moekit.runtime.budget import Budget, Needs, plan_budget
 from moekit.runtime.device.arena import Arenas
 from moekit.runtime.device.backend import DeviceBackend
 from moekit.runtime.device.cache import DeviceCache
 from moekit.runtime.device.costs import link_speed
 from moekit.runtime.device.device import Device
+from moekit.runtime.device.linear import encode_linears
 from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.graph_runner import GraphRunner
@@ -30,7 +33,7 @@ from moekit.runtime.pages import page_aligned
 from moekit.runtime.predict.files import make_predictor
 from moekit.runtime.predict.gates import Gate, gates_of
 from moekit.runtime.prefetch import Prefetching, new_prefetcher, pays
-from moekit.runtime.resident import resident_model
+from moekit.runtime.resident import move, resident_model
 from moekit.runtime.schedule.split import SplitCosts
 
 if TYPE_CHECKING:
@@ -68,8 +71,6 @@ class DeviceOpening:
             raise UserError(f"scheduler {asked} is none of {', '.join(SCHEDULERS)}")
         if self._request.runner == "native":
             raise UserError("the native runner is for the processor: leave it out with a device")
-        if self._request.resident_codec is not None:
-            raise UserError("resident_codec is for the processor: leave it out with a device")
         score = self._request.policy
         if (policy(score) if isinstance(score, str) else score).profile:
             raise UserError(f"policy {score} is for the processor: take another with a device")
@@ -78,18 +79,24 @@ class DeviceOpening:
     def open(self, stack: ExitStack) -> OnDevice:
         """Load the model; UserError with all numbers where it does not fit."""
         opening, device = self.opening, self._device
-        info = self._store.resident_info().values()
-        self._gpu_budget(sum(tensor.nbytes for tensor in info), 0, 0)
-        model = resident_model(self._store, opening.config, opening.dtype, device.torch_device)
+        codec = self._codec()
+        if codec is None:
+            info = [tensor.nbytes for tensor in self._store.resident_info().values()]
+            self._gpu_budget(sum(info), 0, 0)
+            loading = _READING * max(info)
+            model = resident_model(self._store, opening.config, opening.dtype, device.torch_device)
+        else:
+            model = resident_model(self._store, opening.config, opening.dtype)
+            loading = _held_bytes(model)
+            encode_linears(model, codec, device.torch_device)
+            move(model, device.torch_device)
         runner = GraphRunner(model)
         stack.callback(runner.close)
-        held = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-        resident = sum({t.data_ptr(): t.nbytes for t in held}.values())
         kv_cache = opening.streams * runner.cache_size.nbytes(opening.context)
         scratch = runner.scratch_bytes(opening.context, opening.streams, 0) + self._middle(runner)
-        above = self._gpu_budget(resident, kv_cache, scratch)
+        above = self._gpu_budget(_held_bytes(model), kv_cache, scratch)
         device.limit(above.limit - CONTEXT_BYTES)
-        below = self._budget(max((tensor.nbytes for tensor in info), default=0), above)
+        below = self._budget(loading, above)
         cache = stack.enter_context(self._cache(above, below))
         backend = DeviceBackend(model, cache, splits=self._splits)
         runner.attach(backend)
@@ -107,6 +114,13 @@ class DeviceOpening:
             if prefetching is not None:
                 runner.attach(view.observe(prefetching.seam))
         return OnDevice(runner, cache, below, above)
+
+    def _codec(self) -> Codec | None:
+        """What the linear layers are encoded with: as asked for, else as they are stored."""
+        stored = self._store.header.encoded
+        if self._request.resident_codec is not None:
+            return make_codec(self._request.resident_codec)
+        return None if stored is None else stored.codec.make()
 
     def _gpu_budget(self, resident: int, kv_cache: int, scratch: int) -> Budget:
         opening = self.opening
@@ -126,10 +140,10 @@ class DeviceOpening:
         widest = max(layer.expert_width for layer in opening.spec.per_layer)
         return 4 * rows * opening.spec.top_k * widest
 
-    def _budget(self, largest: int, above: Budget) -> Budget:
-        """Of RAM: what does not fit on the device, or a few experts on their way there."""
+    def _budget(self, scratch: int, above: Budget) -> Budget:
+        """Of RAM: what does not fit on the device, or a few experts on their way there, beside the
+        bytes that loading takes."""
         opening = self.opening
-        scratch = _READING * largest
         if self._splits:
             scratch += _DECODING * max(x.params_per_expert for x in opening.spec.per_layer)
         needs = Needs(opening.program, 0, 0, scratch, opening.streams, opening.context)
@@ -192,6 +206,11 @@ class DeviceOpening:
         spec = self.opening.spec
         made = new_prefetcher(predictor, cache, spec.num_experts, spec.top_k, bandwidth)
         return Prefetching(cache, made)
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    held = (t for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    return sum({t.data_ptr(): t.nbytes for t in held}.values())
 
 
 def _gates(view: MoEView, device: torch.device) -> list[Gate]:
