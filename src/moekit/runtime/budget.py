@@ -129,6 +129,21 @@ def plan_budget(
     return made
 
 
+def leaves_on_disk(
+    limit: int | None,
+    beside: int,
+    sizes: NDArray[np.int64],
+    available: int,
+    expert_cache: int | None = None,
+) -> bool:
+    """Whether experts will stay on disk where `beside` bytes are wanted for all else; what is
+    `plan_budget` to know exactly is estimated before anything is read."""
+    experts = int(sizes.sum())
+    if expert_cache is not None and expert_cache < experts:
+        return True
+    return beside + experts > (available * AVAILABLE_SHARE if limit is None else limit)
+
+
 def _with_overhead(nbytes: int) -> int:
     """The limit whose overhead leaves at least `nbytes`."""
     return math.ceil((nbytes + PAGE) / (1 - OVERHEAD_SHARE))

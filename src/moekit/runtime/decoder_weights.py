@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import POINTER
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.core.checkpoint import TensorInfo
 from moekit.core.packed import PackedLayer
 from moekit.core.packed_resident import decoded, matrix_arrays
 from moekit.ops.codecs import Codec, Part
@@ -20,7 +22,8 @@ from moekit.ops.native.formats import KINDS, expert_format, matrix_format, plain
 from moekit.runtime.decoder_shape import DecoderShape, LayerShape, NotSupportedError, RouterShape
 from moekit.runtime.expert_formats import formats_of_layer
 from moekit.runtime.latent_heads import LatentHeads
-from moekit.runtime.pages import page_aligned
+from moekit.runtime.pages import Arena
+from moekit.runtime.rows_on_disk import RowsOnDisk
 from moekit.runtime.store import ExpertStore, StoreError
 
 MATRIX, VECTOR, TABLE, HEADS = "matrix", "vector", "table", "heads"
@@ -45,7 +48,8 @@ class DecoderWeights:
     Matrices of attention, of dense and shared MLPs and the output head are encoded by `codec`, or
     kept in `dtype` (None: as stored); embedding and routers stay as stored, all else is float32.
     What is stored encoded stays so, whatever `codec` is. Where nothing is to be encoded, all of it
-    stays where it was read. Raises StoreError for a damaged or incomplete part.
+    stays where it was read. With `embedding_on_disk` its rows are in `rows`, unless the output head
+    is tied to it. Raises StoreError for a damaged or incomplete part.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class DecoderWeights:
         dtype: torch.dtype | None = None,
         kv_bf16: bool = False,
         max_rows: int = 256,
+        embedding_on_disk: bool = False,
     ) -> None:
         self.shape = shape
         self._pool, self._dtype = pool, dtype
@@ -69,6 +74,9 @@ class DecoderWeights:
         self._formats: list[Any] = []
         self._roles = roles_of(shape)
         infos = store.resident_info()
+        self.rows: RowsOnDisk | None = None
+        if embedding_on_disk and self._roles[shape.embedding] == (TABLE,):
+            self.rows = self._embedding(store, infos, max_rows)
         works = [name for name, info in infos.items() if self._needs_work(name, info.dtype)]
         self._whole = self._encoded is not None or not works
         copied = works if self._whole else infos
@@ -85,7 +93,8 @@ class DecoderWeights:
         tensors = [*(m.memory for m in self._matrices.values()), *self._tensors.values()]
         tensors += [tensor for h in self._heads.values() for tensor in (h.keys, h.values)]
         memory = [tensor.untyped_storage() for tensor in tensors]
-        return sum({held.data_ptr(): held.nbytes() for held in memory}.values())
+        beside = 0 if self.rows is None else self.rows.nbytes - self.rows.table.nbytes
+        return sum({held.data_ptr(): held.nbytes() for held in memory}.values()) + beside
 
     def kernel_scratch(self, rows: int) -> int:
         """Bytes that the kernels take, at most, for the activations of a step of `rows` rows."""
@@ -99,7 +108,11 @@ class DecoderWeights:
 
     def _read(self, store: ExpertStore) -> None:
         roles = dict(self._roles)
-        for name, stored in store.resident_stored(whole=self._whole):
+        names = list(store.resident_info())
+        if self.rows is not None:
+            names.remove(self.shape.embedding)
+            del roles[self.shape.embedding]
+        for name, stored in store.resident_stored(whole=self._whole, names=names):
             wanted, part = self.shape.tensors.get(name), self._encoded_part(name)
             if wanted != tuple(stored.shape if part is None else part.shape):
                 raise StoreError(
@@ -125,6 +138,19 @@ class DecoderWeights:
             raise StoreError(
                 f"{store.path}: tensor {min(roles)} is missing. Convert the model again."
             )
+
+    def _embedding(
+        self, store: ExpertStore, infos: Mapping[str, TensorInfo], most: int
+    ) -> RowsOnDisk | None:
+        """The embedding left on disk, where its rows are read as they are stored."""
+        name = self.shape.embedding
+        info = infos.get(name)
+        fits = info is not None and info.shape == self.shape.tensors[name]
+        if not fits or info is None or _table_dtype(info.dtype) != info.dtype:
+            return None
+        rows = RowsOnDisk(store, name, most)
+        self._tensors[name] = rows.table
+        return rows
 
     def _encoded_part(self, name: str) -> Part | None:
         return None if self._encoded is None else self._encoded.matrices.get(name)
@@ -311,27 +337,6 @@ class DecoderWeights:
 
     def _vector(self, name: str | None) -> int | None:
         return None if name is None else self._tensors[name].data_ptr()
-
-
-class Arena:
-    """One piece of memory for many matrices, in huge pages where the system gives them."""
-
-    ALIGN = 64
-
-    def __init__(self, nbytes: int) -> None:
-        self._memory = page_aligned(nbytes, huge=True)
-        self._used = 0
-
-    @classmethod
-    def padded(cls, nbytes: int) -> int:
-        """Bytes that `take(nbytes)` uses up."""
-        return -(-nbytes // cls.ALIGN) * cls.ALIGN
-
-    def take(self, nbytes: int) -> Tensor:
-        """The next bytes [nbytes]."""
-        start = self._used
-        self._used += self.padded(nbytes)
-        return self._memory[start : start + nbytes]
 
 
 def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:

@@ -20,11 +20,11 @@ from moekit.core.architecture import read_config
 from moekit.core.cache_score import policy as score_of
 from moekit.core.machine import available_memory, charged_memory
 from moekit.core.memory import part_bytes
-from moekit.core.packed import PACKED_FILE
+from moekit.core.packed import PACKED_FILE, PackedHeader
 from moekit.core.spec import MoESpec
 from moekit.ops import native
 from moekit.ops.native.formats import plain_format
-from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, leaves_on_disk, plan_budget
 from moekit.runtime.choose import choose_codec, experts
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
@@ -150,7 +150,11 @@ def plan_decode(
     if not is_native:
         notes += (f"graph runner: {native_reason or 'asked for'}",)
     context, kv_bytes = _context(config, max_context)
-    resident, read = _resident_bytes(spec, resident_codec)
+    resident, read = _resident_bytes(spec, resident_codec or _stored_codec(directory))
+    beside = charged + PROGRAM_GROWTH + resident
+    if is_native and leaves_on_disk(limit, beside, sizes, charged + left, expert_cache):
+        # The embedding stays there too, unless it is the output head.
+        resident = read
     needs = Needs(
         charged + PROGRAM_GROWTH,
         resident,
@@ -224,6 +228,14 @@ def _resident_bytes(spec: MoESpec, resident_codec: str | None) -> tuple[int, int
     parts["embedding"] -= 0 if spec.tied_embeddings else table
     read = sum(part_bytes(part, params, bits) for part, params in parts.items())
     return read + (0 if spec.tied_embeddings else part_bytes("embedding", table, stored)), read
+
+
+def _stored_codec(directory: Path) -> str | None:
+    """The codec of the resident part of a packed model that is stored encoded."""
+    if not (directory / PACKED_FILE).is_file():
+        return None
+    encoded = PackedHeader.read(directory).encoded
+    return None if encoded is None else encoded.codec.name
 
 
 def _scratch(spec: MoESpec) -> int:

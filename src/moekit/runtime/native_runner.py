@@ -89,10 +89,11 @@ class NativeRunner:
 
     `codec` encodes the matrices of attention, dense and shared MLPs and the output head; None keeps
     them as stored, or in `dtype`. Keys and values are float32 or bfloat16 (`kv_dtype`, default:
-    float32 where the matrices are). A step has at most `max_rows` rows. `observer` is told what
-    every MoE layer chose. A token's logits do not depend on the other rows of a step, on how a
-    prompt is cut, on the number of threads, nor on which experts were in memory, unless `sharing`
-    or `low_bit` is set, which are lossy.
+    float32 where the matrices are). A step has at most `max_rows` rows; with `embedding_on_disk`
+    their embeddings are read when it begins. `observer` is told what every MoE layer chose. A
+    token's logits do not depend on the other rows of a step, on how a prompt is cut, on the number
+    of threads, nor on which experts were in memory, unless `sharing` or `low_bit` is set, which are
+    lossy.
 
     Raises UserError for a model that `supports` gives a reason against.
     """
@@ -110,6 +111,7 @@ class NativeRunner:
         kv_dtype: torch.dtype | None = None,
         threads: int = 1,
         max_rows: int = MAX_ROWS,
+        embedding_on_disk: bool = False,
         observer: Callable[[Routed], None] | None = None,
     ) -> None:
         kernels = library()
@@ -126,6 +128,7 @@ class NativeRunner:
                 dtype=dtype,
                 kv_bf16=kv_dtype == torch.bfloat16,
                 max_rows=max_rows,
+                embedding_on_disk=embedding_on_disk,
             )
         except NotSupportedError as reason:
             raise UserError(f"the native runner does not run this model: {reason}") from None
@@ -240,6 +243,9 @@ class NativeRunner:
         return rows, counts
 
     def _step(self, rows: np.ndarray, wanted: np.ndarray, out: np.ndarray) -> None:
+        if self.weights.rows is not None:
+            self.weights.rows.fetch(rows["token"])
+            rows["token"] = np.arange(len(rows))
         watched = self.observer is not None or self.sharing is not None
         if not watched and self.experts.table.all():
             self._decoder.step(rows, self.experts.table, wanted, out)
@@ -318,6 +324,8 @@ class NativeRunner:
             self.low_bit.cache.close()
         self._decoder.close()
         self._pool.close()
+        if self.weights.rows is not None:
+            self.weights.rows.close()
 
 
 def _all_of(store: ExpertStore) -> ExpertCache:

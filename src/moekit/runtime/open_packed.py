@@ -23,7 +23,7 @@ from moekit.core.spec import MoESpec
 from moekit.core.view import MoEView
 from moekit.ops.codecs import make_codec
 from moekit.ops.native import library
-from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, plan_budget
+from moekit.runtime.budget import PROGRAM_GROWTH, Budget, Needs, leaves_on_disk, plan_budget
 from moekit.runtime.choose_policy import choose_policy
 from moekit.runtime.claim import Claim
 from moekit.runtime.context import context_length
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from moekit.runtime.device.opening import DeviceOpening
 
 AUTO, PREDICTOR = "auto", "next-gate"
+# The end of the name of what may stay on disk.
+EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,17 @@ class _Opening:
                 f"out resident_codec, or convert the model again with --resident-codec {wanted}"
             )
         if stored is not None or wanted is None:
-            size = sum(info.nbytes for info in self.store.resident_info().values())
-            self._budget(size, 0, 0)
+            infos = self.store.resident_info()
+            least = sum(x.nbytes for n, x in infos.items() if not n.endswith(EMBEDDING))
+            self._budget(least, 0, 0)
+
+    def _experts_stay_on_disk(self) -> bool:
+        """Whether some will, as far as can be told before the resident part is read."""
+        stored = sum(info.nbytes for info in self.store.resident_info().values())
+        asked = self.request
+        return leaves_on_disk(
+            asked.limit, self.program + stored, self.sizes, self.available, asked.expert_cache
+        )
 
     def _budget(self, resident: int, kv_cache: int, scratch: int) -> Budget:
         needs = Needs(self.program, resident, kv_cache, scratch, self.streams, self.context)
@@ -278,6 +289,8 @@ class _Opening:
             dtype=self.dtype,
             kv_dtype=torch.bfloat16 if stored == torch.bfloat16 else None,
             threads=self.request.threads,
+            # A token needs one row, whose read is short beside those of its experts.
+            embedding_on_disk=self._experts_stay_on_disk(),
         )
         stack.callback(runner.close)
         kv_cache = self.streams * runner.kv_bytes_per_token * self.context

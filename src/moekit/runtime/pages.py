@@ -18,3 +18,24 @@ def page_aligned(size: int, *, huge: bool = False) -> Tensor:
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
+class Arena:
+    """One piece of memory for many matrices, in huge pages where the system gives them."""
+
+    ALIGN = 64
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = page_aligned(nbytes, huge=True)
+        self._used = 0
+
+    @classmethod
+    def padded(cls, nbytes: int) -> int:
+        """Bytes that `take(nbytes)` uses up."""
+        return -(-nbytes // cls.ALIGN) * cls.ALIGN
+
+    def take(self, nbytes: int) -> Tensor:
+        """The next bytes [nbytes]."""
+        start = self._used
+        self._used += self.padded(nbytes)
+        return self._memory[start : start + nbytes]

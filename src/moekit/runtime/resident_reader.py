@@ -38,21 +38,29 @@ class Span:
         """Bytes of all pages that it touches."""
         return -(-self.stop // PAGE) * PAGE - self.first
 
+    def shares_page(self, after: Span) -> bool:
+        """Whether one that begins later begins within the pages of this one."""
+        return self.file == after.file and after.first < self.first + self.pages
+
 
 class Image:
-    """One piece of memory that looks like some files, for tensors that stay as they are stored."""
+    """One piece of memory for tensors that stay as they are stored: the pages of their files that
+    they touch, one after the other."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        self._starts: dict[str, int] = {}
-        total = 0
-        for file in dict.fromkeys(span.file for span in spans):
-            self._starts[file] = total
-            total += max(span.first + span.pages for span in spans if span.file == file)
+        self._starts: dict[Span, int] = {}
+        total, before = 0, None
+        for span in spans:
+            start = total
+            if before is not None and before.shares_page(span):
+                start = self._starts[before] + span.first - before.first
+            self._starts[span] = start
+            total, before = max(total, start + span.pages), span
         self._memory = page_aligned(total, huge=True)
 
     def of(self, span: Span) -> Tensor:
         """The pages of a tensor."""
-        start = self._starts[span.file] + span.first
+        start = self._starts[span]
         return self._memory[start : start + span.pages]
 
 

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -174,16 +174,19 @@ class ExpertStore:
             else:
                 yield name, stored
 
-    def resident_stored(self, *, whole: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the resident part as they are stored, each verified; encoded ones are
-        bytes [1, n]. With `whole` they lie in one piece of memory as in their files."""
+    def resident_stored(
+        self, *, whole: bool = False, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the resident part, or `names` of them, as they are stored, each verified;
+        encoded ones are bytes [1, n]. With `whole` they lie in one piece of memory as in their
+        files."""
         infos, spans = self.resident_info(), []
-        for name in infos:
+        for name in infos if names is None else names:
             record = self._records[name]
             spans.append(Span(name, record.file, record.offset, record.offset + record.size))
         spans.sort(key=lambda span: (span.file, span.start))
         for span, data in ResidentReader(spans, self._read, whole=whole):
-            crc = _crc32(data.numpy().data, 0)
+            crc = crc32(data.numpy().data)
             if crc != self.header.resident[span.name]:
                 raise StoreError(
                     f"{self.path / span.file}: tensor {span.name} is damaged: its checksum is "
@@ -194,6 +197,15 @@ class ExpertStore:
             if data.storage_offset() % info.dtype.itemsize:
                 data = data.clone()
             yield span.name, data.view(info.dtype).view(info.shape)
+
+    def resident_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes `start` to `stop` of a tensor of the resident part, which nothing verifies."""
+        record = self._records[name]
+        first = (record.offset + start) // PAGE * PAGE
+        last = record.offset + stop
+        pages = page_aligned(-(-(last - first) // PAGE) * PAGE)
+        self._read(record.file, first, pages, last)
+        return pages[record.offset + start - first : last - first]
 
     def resident_info(self) -> dict[str, TensorInfo]:
         """Shape and dtype of the tensors of the resident part as they are stored; none is read."""
@@ -219,7 +231,7 @@ class ExpertStore:
 
     def _check(self, layer: int, expert: int, plane: int, piece: Tensor) -> None:
         # Every time: a file may change while it is open, and a disk may fail late.
-        wrong = check_record(self.header, layer, expert, plane, piece.numpy().data, _crc32)
+        wrong = check_record(self.header, layer, expert, plane, piece.numpy().data, crc32)
         if wrong is not None:
             record = self._records[self.layers[layer].tensor_name(expert, plane)]
             raise StoreError(
@@ -287,7 +299,7 @@ class ExpertStore:
         self.close()
 
 
-def _crc32(data: memoryview, crc: int) -> int:
+def crc32(data: memoryview, crc: int = 0) -> int:
     """zlib's checksum, several times as fast where the native kernels are in use."""
     kernels = native.loaded()
     return zlib.crc32(data, crc) if kernels is None else kernels.crc32(data, crc)
