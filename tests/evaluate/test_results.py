@@ -31,13 +31,12 @@ def write(
     **options: object,
 ) -> Path:
     directory.mkdir(parents=True)
-    record = start_record("compress prune", {"out": str(directory), **options}, seed=seed)
+    given = {"out": str(directory), "plan": str(directory), "stats": calibration, **options}
+    record = start_record("compress prune", given, seed=seed)
     metrics: dict[str, object] = {"bytes": size, QUALITY_BEFORE: BEFORE.to_dict()}
     if quality is not None:
         bits = {name: value + loss for name, value in quality.bits_per_byte.items()}
         metrics[QUALITY] = dataclasses.replace(quality, bits_per_byte=bits).to_dict()
-    if calibration is not None:
-        metrics["calibration"] = {"text": calibration}
     record.finish(metrics).save(directory)
     return directory
 

@@ -34,8 +34,8 @@ NOT_SETTINGS = {
 class RunResult:
     """One finished run: its settings, bytes of tensors, and quality before and after.
 
-    Quality is None where it was not measured. `calibration` is the hash of the text that decided,
-    where the method needed one.
+    Quality is None where it was not measured. `calibration` names the statistics or the text that
+    decided, where the method needed any.
     """
 
     directory: Path
@@ -111,6 +111,10 @@ class Comparison:
         }
 
 
+# With a method these follow from it, its settings and the seed.
+FROM_METHOD = {"plan", "rewrite"}
+
+
 def read_result(directory: Path) -> RunResult:
     """The run that left its record in `directory`; `UserError` where there is none."""
     record = RunRecord.load(directory)
@@ -119,8 +123,9 @@ def read_result(directory: Path) -> RunResult:
     size = record.metrics.get("bytes")
     if not isinstance(size, int):
         raise UserError(f"{where} does not say how many bytes the result takes.")
-    calibration = record.metrics.get("calibration")
-    settings = {key: value for key, value in record.options.items() if key not in NOT_SETTINGS}
+    calibration = record.options.get("stats") or record.options.get("data")
+    left_out = NOT_SETTINGS | (FROM_METHOD if "method" in record.options else set())
+    settings = {key: value for key, value in record.options.items() if key not in left_out}
     return RunResult(
         directory,
         record.command,
@@ -129,7 +134,7 @@ def read_result(directory: Path) -> RunResult:
         size,
         after,
         before,
-        calibration.get("text") if isinstance(calibration, Mapping) else None,
+        str(calibration) if calibration else None,
         record.seconds,
     )
 
@@ -223,11 +228,18 @@ def _label(result: RunResult, varying: Sequence[str]) -> str:
     method = result.settings.get("method")
     parts = [result.command.removeprefix("compress ") if method is None else str(method)]
     parts += [
-        f"{name.replace('_', '-')} {result.settings[name]}"
+        f"{name.replace('_', '-')} {_shown(result.settings[name])}"
         for name in varying
         if name in result.settings and name != "model"
     ]
     return ", ".join(parts)
+
+
+def _shown(value: Any) -> Any:
+    """A setting by layer that is the same in all of them is shown once."""
+    if isinstance(value, Mapping) and len({repr(one) for one in value.values()}) == 1:
+        return next(iter(value.values()))
+    return value
 
 
 def _calibration_notes(groups: Sequence[Sequence[RunResult]]) -> list[str]:
