@@ -8,7 +8,21 @@ from moekit.cli.lazy import LazyGroup
 
 # verb -> (module:function, line for `moekit compress --help`).
 VERBS = {
+    "prune": ("moekit.cli.compress_prune:prune", "Remove the experts that matter least."),
+    "factorize": (
+        "moekit.cli.compress_factorize:factorize",
+        "Replace experts by products of smaller matrices.",
+    ),
+    "condense": ("moekit.cli.compress_condense:condense", "Merge experts that do alike."),
     "auto": ("moekit.cli.compress_auto:auto", "Find the least harmful mix of steps for a budget."),
+    "quantize": (
+        "moekit.cli.compress_quantize:quantize",
+        "Store the experts in fewer bits a weight.",
+    ),
+    "library": (
+        "moekit.cli.compress_library:library",
+        "Write down which experts each of several tasks needs.",
+    ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }
 

@@ -26,6 +26,7 @@ from moekit.compress.prune.select import Room
 from moekit.core.collect import Batch, collect
 from moekit.core.errors import UserError
 from moekit.core.plan import Fingerprint
+from moekit.core.spec import MoESpec
 from moekit.core.stats import ExpertStats
 from moekit.core.view import MoEView
 from moekit.profile.pass_ import ProfileSink
@@ -81,6 +82,14 @@ class TaskLibrary:
         )
         kept_share = float(stats.settings.get("kept_share", 0.0))
         return cls(model, tasks, method, top1, kept_share)
+
+    def check(self, spec: MoESpec) -> None:
+        """Raise UserError unless the library is of a model with this spec."""
+        other = Fingerprint.of(spec)
+        if other != self.model:
+            raise UserError(
+                f"the library is for {self.model.describe()}; this model is {other.describe()}."
+            )
 
     def key_of(self, view: MoEView, batches: Sequence[Batch | Tensor]) -> Tensor:
         """The key [C] of a text: runs the model up to its first MoE layer."""

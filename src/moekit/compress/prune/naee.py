@@ -24,7 +24,6 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 from moekit.core.view import MoEView
 
-Mode = Literal["layerwise", "progressive"]
 Progress = Callable[[float, int], None]
 
 
@@ -62,7 +61,7 @@ def naee(
     rooms: Sequence[Room],
     *,
     how: Literal["exact", "descent"] = "exact",
-    mode: Mode = "layerwise",
+    mode: Literal["layerwise", "progressive"] = "layerwise",
     max_evaluations: int = 20_000,
     max_seconds: float | None = None,
     state: Path | None = None,
