@@ -52,7 +52,7 @@ class Fallback:
 class RoundedExperts(Rewrite):
     """A rewrite that rounds experts; see `quantizer` for its options.
 
-    `fallbacks` lists the experts with too few tokens, as far as they were computed.
+    `fallbacks` lists the experts with too few tokens.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class RoundedExperts(Rewrite):
             )
         self._kind = self.codec = CodecChoice(options.codec, options.group_size)
         self.options = options
-        self.fallbacks: list[Fallback] = []
         self.identity: Mapping[str, Any] = {
             **asdict(options),
             "stats": None if stats is None else stats.digest(),
@@ -80,6 +79,7 @@ class RoundedExperts(Rewrite):
         self._moments = None if stats is None else _Moments(stats)
         if options.solver == GPTQ and self._moments is None:
             raise UserError("gptq needs stats with the set full: give --stats or --data.")
+        self.fallbacks = self._find_fallbacks()
 
     def expert(
         self, layer: int, expert: int, members: Mapping[int, float], read: Read
@@ -151,16 +151,23 @@ class RoundedExperts(Rewrite):
         if self.options.solver == NEAREST or isinstance(codec, PlainCodec):
             return None, None
         assert self._moments is not None
-        tokens = self._moments.tokens(layer, expert)
-        if tokens >= max(1, self.options.min_tokens):
+        if (layer, expert) not in {(f.layer, f.expert) for f in self.fallbacks}:
             return self._moments.input(layer, expert), self._moments.middle(layer, expert)
+        # The neurons of experts differ, so there is nothing to pool for the middle.
+        pooled = self.options.fallback == POOLED
+        return (self._moments.pooled_input(layer) if pooled else None), None
+
+    def _find_fallbacks(self) -> list[Fallback]:
+        if self.options.solver == NEAREST or self._moments is None:
+            return []
         pooled = self.options.fallback == POOLED
         done = "gptq on the inputs of all experts" if pooled else "rounded to nearest"
-        found = Fallback(layer, expert, tokens, done)
-        if found not in self.fallbacks:
-            self.fallbacks.append(found)
-        # The neurons of experts differ, so there is nothing to pool for the middle.
-        return (self._moments.pooled_input(layer) if pooled else None), None
+        least = max(1, self.options.min_tokens)
+        return [
+            Fallback(layer, expert, tokens, done)
+            for layer, expert, tokens in self._moments.counts()
+            if tokens < least and not self._plan.action(layer, expert).drop
+        ]
 
 
 class _Moments:
@@ -171,8 +178,13 @@ class _Moments:
         self._position = {layer.index: at for at, layer in enumerate(stats.layers)}
         self._held: dict[tuple[int, str], Tensor] = {}
 
-    def tokens(self, layer: int, expert: int) -> int:
-        return int(self._get(layer, "moment_tokens")[expert])
+    def counts(self) -> list[tuple[int, int, int]]:
+        """(decoder layer, expert, tokens) of every expert."""
+        return [
+            (layer, expert, tokens)
+            for layer, at in self._position.items()
+            for expert, tokens in enumerate(self._stats.get(at, "moment_tokens").tolist())
+        ]
 
     def input(self, layer: int, expert: int) -> Tensor:
         return self._get(layer, "input_second")[expert]

@@ -1,0 +1,148 @@
+"""`moekit compress quantize`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moekit.compress import rewrite_of
+from moekit.core.convert import convert
+from moekit.core.plan import ExpertPlan
+from moekit.runtime.unpack import load_packed
+from tests.models import tiny_config, tiny_tokenizer
+
+TEXT = "the router chooses two experts for every token. der Router wählt zwei Experten. " * 12
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """A tiny model whose experts have widths of whole groups."""
+    from transformers import Qwen3MoeForCausalLM
+
+    path = tmp_path_factory.mktemp("quantize") / "wide"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tiny_config(hidden_size=64, moe_intermediate_size=32, num_experts=8)
+        Qwen3MoeForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "en.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.arange(20).view(1, -1)).logits
+
+
+METHODS = ["rtn", "gptq:reach=0.3", "awq:solver=gptq", "eaquant"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_codes_decode_to_what_other_formats_hold(moekit, wide, text, tmp_path, method):
+    found = {}
+    for to in ("packed", "fused"):
+        out = tmp_path / to
+        done = moekit(
+            *("compress", "quantize", wide, out, "--to", to, "--method", method),
+            *("--codec", "int3-zp", "--data", text, "--seq-len", 32, "--json"),
+        )
+        assert done.code == 0, done
+        packed = to == "packed"
+        model = load_packed(out, "float32").model if packed else None
+        found[to] = model or AutoModelForCausalLM.from_pretrained(out)
+    for (name, one), two in zip(
+        found["packed"].named_parameters(), found["fused"].parameters(), strict=True
+    ):
+        assert torch.equal(one, two), name
+    plain = AutoModelForCausalLM.from_pretrained(wide)
+    assert not torch.equal(logits_of(found["fused"]), logits_of(plain))
+    record = json.loads((tmp_path / "packed" / "record.json").read_text())
+    assert record["command"] == "compress quantize"
+    assert record["options"]["method"] == method
+    assert "int3-zp" in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_a_mix_of_widths_packs_each_expert_in_its_own(moekit, wide, text, tmp_path):
+    out = tmp_path / "out"
+    done = moekit(
+        *("compress", "quantize", wide, out, "--bits-avg", 2, "--data", text, "--seq-len", 32),
+        *("--protect", "1:5", "--json"),
+    )
+    assert done.code == 0, done
+    header = json.loads((out / "packed.json").read_text())
+    names = [header["layers"][1]["codecs"][i]["name"] for i in
+             header["layers"][1]["codec_of_expert"]]  # fmt: skip
+    assert names[5] == "bf16"
+    assert {"int3-zp", "int2-zp"} <= set(names) <= {"int3-zp", "int2-zp", "binary", "bf16"}
+    row = done.json["numbers"]["layers"][1]
+    assert row["experts_at"]["16"] == 1
+    assert load_packed(out, "float32").model.config.num_experts == 8
+
+
+def test_a_plan_alone_is_applied_later(moekit, wide, text, tmp_path):
+    plan = tmp_path / "plan.json"
+    shared = ("--method", "awq:solver=gptq", "--data", text, "--seq-len", 32)
+    done = moekit(
+        *("compress", "quantize", wide, "--plan-only", plan, *shared),
+        *("--save-stats", tmp_path / "stats"),
+    )
+    assert done.code == 0, done
+    loaded = ExpertPlan.load(plan)
+    assert loaded.fit.method == "awq"
+    convert(wide, tmp_path / "later", plan=loaded, rewrite=rewrite_of(loaded, wide))
+    done = moekit("compress", "quantize", wide, tmp_path / "now", "--to", "fused", *shared)
+    assert done.code == 0, done
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("later", "now"))
+    assert torch.equal(logits_of(one), logits_of(two))
+
+
+def test_experts_with_few_tokens_are_counted_and_told(moekit, wide, text, tmp_path):
+    base = ("compress", "quantize", wide, tmp_path / "out", "--data", text, "--seq-len", 32)
+    done = moekit(*base, "--method", "gptq:min_tokens=100000")
+    assert done.code == 0, done
+    assert "gptq on the inputs of all experts" in done.out
+    assert "and 8 more" in done.out
+    done = moekit(*base, "--overwrite", "--quota", 100000, "--json")
+    assert done.code == 0, done
+    assert done.json["numbers"]["below quota"] == {"0": list(range(8)), "1": list(range(8))}
+
+
+def test_a_dry_run_writes_nothing_and_reads_no_text(moekit, wide, tmp_path):
+    for extra in ((), ("--bits-avg", 2)):
+        done = moekit(
+            *("compress", "quantize", wide, tmp_path / "out", "--data", tmp_path / "none.txt"),
+            *("--dry-run", "--json", *extra),
+        )
+        assert done.code == 0, done
+        assert done.json["dry_run"] is True
+        assert done.json["bytes"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "quip"), "'quip' quantizes nothing; there are rtn, gptq, awq, eaquant"),
+        (("--method", "gptq:dump=1"), "has no option 'dump'"),
+        (("--method", "gptq:codec=int4"), "give --codec in place of"),
+        (("--codec", "int44"), "no codec method is named 'int44'"),
+        (("--group-size", 128), "64 columns"),
+        (("--bits-avg", 1, "--data", "x"), "gives 8 bits to the 8 experts"),
+        (("--allocate", "mc-moe"), "go together"),
+        ((), "give either --stats"),
+        (("--method", "rtn", "--quota", 5), "--quota is for the text of --data"),
+        (("--protect", "0:9", "--method", "rtn"), "layer 0 has no expert 9"),
+    ],
+)
+def test_refusals(refused, wide, tmp_path, arguments, message):
+    assert message in refused("compress", "quantize", wide, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
