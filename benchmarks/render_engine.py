@@ -31,6 +31,64 @@ def run_memory(record: dict[str, Any]) -> str:
     )
 
 
+def run_uniform_routing(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            run["tokens"],
+            f"{run['opening_seconds']:.1f}",
+            f"**{run['tokens_per_second']:.2f}**",
+            f"{run['full_tokens_per_second']:.2f}",
+            f"{run['hit_rate']:.0%}",
+            f"{run['bytes_read'] / run['tokens'] / 1e6:.0f}",
+            f"{run['budget']['expert_cache'] / run['budget']['all_experts']:.0%}",
+            f"{run['peak_charge'] / 1e9:.2f}",
+        ]
+        for name, runs in record["metrics"]["rows"].items()
+        for run in runs
+    ]
+    header = ["limit", "tokens", "opening s", "tokens/s", "second half", "found", "MB a token"]
+    return "\n\n".join(
+        [
+            f"## Larger than memory, uniform routing, {record['options']['shape'].upper()}",
+            "`benchmarks/run_uniform_routing.py`. The shape with random weights at 4 bits, two "
+            "threads, each token's experts drawn uniformly at random in the place of those that "
+            "the routers chose: the worst case. All tokens from the first, which finds an empty "
+            "cache, and the second half of them. Each run is a process of its own in a memory "
+            "cgroup, the first of a limit without one, the others with it; the peak is what the "
+            "cgroup was charged, page cache included. " + machine(record),
+            table([*header, "experts in memory", "peak GB"], rows),
+        ]
+    )
+
+
+def pack_memory(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['checkpoint_bytes'] / 1e9:.1f}",
+            f"{row['packed_bytes'] / 1e9:.1f}",
+            f"**{row['rss_anon_peak'] / 1e6:.0f}**",
+            f"{row['above_import'] / 1e6:.0f}",
+            f"{row['seconds']:.0f}",
+            row["tensors_compared"],
+        ]
+        for row in record["metrics"]["rows"]
+    ]
+    header = ["checkpoint GB", "packed GB", "peak MB", "above import MB", "seconds"]
+    return "\n\n".join(
+        [
+            "## Packing in constant memory",
+            "`benchmarks/pack_memory.py`. Random bf16 checkpoints of more and more layers are "
+            f"packed with {record['options']['codec']}, attention and output head too. Peak of "
+            "anonymous memory (RssAnon) of the process, and above that after import; matrices "
+            "whose packed bytes were compared with encoding the checkpoint's own. The machine was "
+            f"busy (load {record['metrics']['load_average_at_end']:.0f} at the end), so the "
+            "seconds say little. " + machine(record),
+            table([*header, "compared"], rows),
+        ]
+    )
+
+
 PARTS = ("program", "resident_part", "kv_cache", "scratch", "overhead", "expert_cache")
 
 

@@ -6,6 +6,7 @@ import pytest
 from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
 from moekit.core.replay import accesses, replay
+from moekit.runtime.predict import prefetch
 from moekit.runtime.predict.calibration import Calibration, bins_of
 from moekit.runtime.predict.predictor import Predictor
 from moekit.runtime.predict.prefetch import Prefetcher
@@ -173,6 +174,46 @@ def test_stats_tell_useful_from_wasted_and_late_from_dropped():
     ahead.begin([52], resident)
     ahead.observe(2, [[4, 5]], None, resident)
     assert ahead.stats.wasted == before[1] + 2 * SIZE
+
+
+class Counting(RandomExperts):
+    """Knows nothing, and counts how often it is asked."""
+
+    asked = 0
+
+    def predict(self, layer, ahead):
+        self.asked += 1
+        return super().predict(layer, ahead)
+
+
+def test_a_predictor_that_knows_nothing_is_asked_less_and_less():
+    ids = random_ids(640, EXPERTS, WIDTH, LAYERS)
+    held = Recording.of(make_trace(ids, EXPERTS, lengths=[640]))
+    counting = Counting(seed=0)
+    # Reads far longer than layers: nothing uncertain is worth one.
+    run(held, prefetcher(counting, 4.0), read_seconds=4.0)
+    always = 640 * sum(min(3, LAYERS - 1 - layer) for layer in range(-1, LAYERS - 1))
+    assert counting.asked < 0.2 * always
+
+
+def test_it_is_asked_again_when_it_knows_something(monkeypatch):
+    held = recording(steps=1200)
+    ids = np.array(held.ids)
+    ids[:, :600] = random_ids(600, EXPERTS, WIDTH, LAYERS).transpose(1, 0, 2)
+    held = Recording.of(make_trace(ids.transpose(1, 0, 2), EXPERTS, lengths=[1200]))
+
+    class Late(Oracle):
+        def predict(self, layer, ahead):
+            known = super().predict(layer, ahead)
+            return known if self.row >= 600 else np.zeros_like(known)
+
+    useful = []
+    for patience in (prefetch.PATIENCE, 10**9):
+        monkeypatch.setattr(prefetch, "PATIENCE", patience)
+        late = prefetcher(Late(held))
+        run(held, late)
+        useful.append(late.stats.useful)
+    assert useful[0] > 0.8 * useful[1]
 
 
 def test_calibration_learns_what_scores_are_worth():

@@ -25,6 +25,9 @@ SLOT_PRICE = 0.3
 # The chance from which an expert that is in memory is named too, to be kept there. It is learned
 # from those that were not in memory, which are used less often.
 KEEP = 0.05
+# Passes without anything worth a hint after which only one in so many is predicted: asking a
+# predictor takes time, and what cannot be predicted now may be later.
+PATIENCE = 16
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Prefetcher:
     while it runs). Reads ahead that turn out wrong stay below `waste_limit` of the bytes needed, in
     expectation, and what is hinted after one layer below `budget` bytes. What they evict is read
     again on top of that, so a limit of 0.15 keeps all bytes below 1.3 of those without prefetch.
+    A predictor that knows nothing is asked less often.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class Prefetcher:
         self._calibration = Calibration(len(self._bytes), top_k / num_experts)
         # Hinted in vain and not there when their layer came: read after all, or dropped.
         self._late: dict[int, list[int]] = {}
+        # Passes so far, and since one brought something.
+        self._passes = self._idle = 0
         self.start()
 
     def start(self) -> None:
@@ -102,6 +108,8 @@ class Prefetcher:
         """A forward pass over tokens [T] begins; `resident` [L, E] is true (or an address) where
         an expert is in memory."""
         self._plans = {}
+        self._passes += 1
+        self._idle += 1
         self.predictor.begin(tokens)
         return self._hints(-1, 0.0, resident)
 
@@ -136,6 +144,8 @@ class Prefetcher:
 
     def _hints(self, layer: int, busy: float, resident: NDArray) -> list[Hint]:
         """Hints after `layer`, whose own reads keep the disk `busy` for seconds."""
+        if self._idle > PATIENCE and self._passes % PATIENCE:
+            return []
         hints, issued, waiting = [], 0, busy
         this_layer = max(self.layer_seconds, busy)
         for ahead in range(1, min(self.reach, len(self._bytes) - 1 - layer) + 1):
@@ -167,6 +177,9 @@ class Prefetcher:
                 issued += size
                 waiting += seconds
             hints.append(Hint(target, chosen))
+            # Experts in memory are worth naming where some are more likely than any other.
+            if issued or np.max(chance[~absent], initial=0.0) > 2 * self._top_k / self._experts:
+                self._idle = 0
         return hints
 
     @staticmethod
