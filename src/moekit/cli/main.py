@@ -26,6 +26,7 @@ VERBS = {
         "moekit.cli.compare:compare",
         "Set results side by side: size against loss.",
     ),
+    "sweep": ("moekit.cli.sweep:sweep", "Do the runs of a recipe and compare them."),
     "train": ("moekit.cli.train:train", "Train a model from a recipe."),
     "compress": ("moekit.cli.compress:app", "Make a model smaller, by a plan for its experts."),
     "bench": ("moekit.cli.bench:bench", "Measure a model's speed on this machine."),
