@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class EngineSpeaker:
     """An engine that generates text, and what was forecast of it."""
 
-    def __init__(self, engine: Engine, seed: int, plan: DecodePlan | None) -> None:
+    def __init__(self, engine: Engine, seed: int, plan: DecodePlan | None, routing: str) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
-        self._seed, self._plan = seed, plan
+        self._seed, self._plan, self._routing = seed, plan, routing
 
     def generate(self, encoded: BatchEncoding, **options: Any) -> Generation:
         """Continue one encoded prompt; what the experts cost is noted."""
@@ -46,11 +46,12 @@ class EngineSpeaker:
                 f"tensors {format_bytes(stats.peak_gpu_bytes)}]"
             )
         if self._plan is not None:
-            known = self._plan.at(stats.hit_rate).tokens_per_second
+            # Steps with everything in memory count no hits.
+            rate = 1.0 if self._plan.budget.complete else stats.hit_rate
             note(
-                f"[forecast {self._plan.forecast.tokens_per_second:.1f} tokens/s for routing that "
-                f"never repeats itself, {known:.1f} for this share in memory; measured "
-                f"{done.tokens_per_second:.1f}]"
+                f"[forecast {self._plan.forecast.tokens_per_second:.1f} tokens/s where routing "
+                f"{self._routing}, {self._plan.at(rate).tokens_per_second:.1f} for this share in "
+                f"memory; measured {done.tokens_per_second:.1f}]"
             )
         return done
 
@@ -92,7 +93,7 @@ def opened(
         for budget in (engine.budget, engine.gpu_budget):
             if budget is not None:
                 note("\n".join(table_lines(_rows(budget))))
-        yield EngineSpeaker(engine, seed, plan)
+        yield EngineSpeaker(engine, seed, plan, _routing(options))
 
 
 def forecast(
