@@ -15,11 +15,8 @@ from moekit.cli.common import (
     ModelArgument,
     SeedOption,
     ThreadsOption,
-    check_out,
     note,
-    open_model,
     output,
-    progress,
 )
 from moekit.cli.compress_finish import Destination, finish
 from moekit.cli.compress_options import (
@@ -37,6 +34,7 @@ from moekit.cli.compress_options import (
     StatsOption,
 )
 from moekit.cli.compress_protect import protected_experts
+from moekit.cli.compress_stats import check_save, collect_stats, found_again
 from moekit.cli.formats import (
     CodecOption,
     CopyCodeOption,
@@ -51,10 +49,8 @@ from moekit.cli.formats import (
     ResidentCodecOption,
     RestartOption,
 )
-from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
-    from moekit.compress.calibrate import Calibration
     from moekit.compress.condense.condense import Recipe
     from moekit.core.plan import ExpertPlan
     from moekit.core.rewrite import Rewrite
@@ -163,10 +159,6 @@ def condense(
             "condense", model, out, plan_only, formats, seed, threads, tuple(evaluate or ())
         )
         destination.check()
-        if save_stats is not None:
-            check_out(save_stats)
-            if stats is not None or not data:
-                raise UserError("--save-stats keeps what is collected from --data")
         from moekit.compress.calibrate import Calibration
         from moekit.compress.request import check_protected, experts_per_layer
         from moekit.core.load import find_config
@@ -178,12 +170,6 @@ def condense(
         averaged = router is None and recipe.router == "alias" and to is not Format.packed
         if averaged:
             recipe = replace(recipe, router="mean")
-        fitted = not recipe.fuser_class().linear
-        if plan_only is not None and fitted and stats is None and save_stats is None:
-            raise UserError(
-                f"{recipe.fuser} reads the statistics again when the plan is applied: give "
-                "--stats, or keep them with --save-stats DIR"
-            )
         spec = spec_from_config(find_config(model))
         keep = experts_per_layer(
             spec, ratio=ratio, count=experts, size=None if size is None else bytes_of(size)
@@ -191,6 +177,9 @@ def condense(
         protected = protected_experts(protect or [])
         check_protected(spec, keep, protected)
         calibration = Calibration(stats, tuple(data or ()), max_tokens, seq_len, batch_size, seed)
+        check_save(save_stats, calibration)
+        if plan_only is not None and not recipe.fuser_class().linear:
+            found_again(recipe.fuser, calibration, save_stats)
         settings = {
             "method": method,
             **recipe.to_dict(),
@@ -203,7 +192,9 @@ def condense(
 
             finish(printed, destination, anyhow(spec, keep, recipe.router), data=settings)
             return
-        collected, stats_path = _stats(model, spec, recipe, calibration, save_stats, threads)
+        collected, stats_path = collect_stats(
+            model, spec, recipe.sets(), calibration, save_stats, threads
+        )
         if averaged:
             note(
                 f"router rows of a group are averaged: --to {to.value} would hold a copy of the "
@@ -237,30 +228,6 @@ def _recipe(
             check_options(registry.find(name, kind=kind), options, f"--{kind} {name}")
             changes |= {kind: name, f"{kind}_options": options}
     return recipe_of(method, **changes)
-
-
-def _stats(
-    model: str,
-    spec: MoESpec,
-    recipe: Recipe,
-    calibration: Calibration,
-    save: Path | None,
-    threads: int | None,
-) -> tuple[ExpertStats, str | None]:
-    """The statistics that the recipe needs, and the directory where a plan finds them again."""
-    from moekit.compress.calibrate import open_stats, stats_for
-
-    sets = recipe.sets()
-    if calibration.stats is not None:
-        path = calibration.stats
-        return open_stats(path, spec, sets), str(path.resolve())
-    loaded = open_model(model, Dtype.auto, calibration.seed, threads)
-    with progress("profile", "batches") as advance:
-        collected = stats_for(loaded, calibration, sets, progress=advance)
-    if save is None:
-        return collected, None
-    collected.save(save)
-    return collected, str(save.resolve())
 
 
 def _decide(

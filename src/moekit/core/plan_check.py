@@ -55,10 +55,14 @@ def _first_difference(expected: Fingerprint, actual: Fingerprint) -> str:
 
 
 def _check_experts(plan: ExpertPlan, layer: LayerLike) -> None:
+    # A fitted rank may be that of a projection which several experts share.
     max_rank = min(layer.hidden_size, layer.expert_width)
+    rank_range = (1, max_rank, f" (the smaller of width {layer.expert_width} and hidden size)")
+    if plan.fit is not None:
+        rank_range = (1, layer.hidden_size, " (the hidden size)")
     limits = {
         "bits": (0, MAX_BITS, ""),
-        "rank": (1, max_rank, f" (the smaller of width {layer.expert_width} and hidden size)"),
+        "rank": rank_range,
         "width": (1, layer.expert_width, ""),
     }
     for expert, action in plan.layers.get(layer.layer_index, {}).items():
