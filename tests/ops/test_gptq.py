@@ -42,11 +42,16 @@ def decoded(codec, codes, grid):
     return codec.decode(Encoded(tuple(codes.shape), (plane,)))
 
 
+def encode(weight, hessian, codec, **options):
+    (made,) = gptq_encode(weight[None], hessian[None], codec, **options)
+    return made
+
+
 @pytest.mark.parametrize("name", [*GRIDS, "nested4"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_uncorrelated_inputs_of_one_size_give_rounding_to_nearest(name, act_order):
     codec, weight = make_codec(name), weights()
-    made = gptq_encode(weight, 0.7 * torch.eye(96), codec, act_order=act_order, block=32)
+    made = encode(weight, 0.7 * torch.eye(96), codec, act_order=act_order, block=32)
     plain = codec.encode(weight)
     assert all(
         torch.equal(a[n], b[n]) for a, b in zip(made.planes, plain.planes, strict=True) for n in b
@@ -73,7 +78,7 @@ def test_correlated_inputs_are_served_better_than_by_rounding(name):
     codec, weight, x = make_codec(name), weights(), correlated()
     hessian = x.T @ x
     plain = proxy_loss(codec.decode(codec.encode(weight)) - weight, hessian)
-    made = codec.decode(gptq_encode(weight, hessian, codec, block=32))
+    made = codec.decode(encode(weight, hessian, codec, block=32))
     loss = proxy_loss(made - weight, hessian)
     assert loss == pytest.approx(float((x.double() @ (made - weight).double().T).square().sum()))
     assert loss < 0.9 * plain
@@ -92,6 +97,17 @@ def test_batches_equal_one_by_one():
             assert all(torch.equal(alone_grid[n], grid[n][i]) for n in grid)
 
 
+def test_encoded_batches_are_packed_one_by_one():
+    codec, x = make_codec("int3-zp"), correlated()
+    weight = torch.stack([weights(seed=s) for s in range(3)])
+    hessian = torch.stack([x.T @ x, torch.eye(96), x[:50].T @ x[:50]])
+    for at, made in enumerate(gptq_encode(weight, hessian, codec)):
+        alone = encode(weight[at], hessian[at], codec)
+        assert all(
+            torch.equal(made.planes[0][name], array) for name, array in alone.planes[0].items()
+        )
+
+
 def test_a_hessian_that_cannot_be_factorised_means_rounding():
     codec, weight = make_codec("int4"), weights()
     broken = -torch.eye(96)
@@ -107,7 +123,7 @@ def test_a_hessian_that_cannot_be_factorised_means_rounding():
 def test_columns_without_input_become_zero():
     codec, weight, x = make_codec("int4"), weights(), correlated()
     x[:, [3, 50]] = 0
-    made = codec.decode(gptq_encode(weight, x.T @ x, codec))
+    made = codec.decode(encode(weight, x.T @ x, codec))
     assert bool((made[:, [3, 50]] == 0).all())
     assert bool((made[:, [2, 51]] != 0).any())
 
@@ -123,7 +139,7 @@ def test_the_factor_is_that_of_the_inverse():
 
 def test_the_nested_prefix_stays_valid():
     codec, weight, x = make_codec("nested4"), weights(), correlated()
-    made = gptq_encode(weight, x.T @ x, codec, block=32)
+    made = encode(weight, x.T @ x, codec, block=32)
     losses = [float(proxy_loss(codec.decode(made.prefix(p)) - weight, x.T @ x)) for p in (1, 2, 3)]
     assert losses[0] > losses[1] > losses[2]
 

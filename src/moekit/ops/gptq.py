@@ -113,27 +113,34 @@ def gptq_naive(
 
 
 def gptq_encode(
-    weight: Tensor,
-    hessian: Tensor,
+    weights: Tensor,
+    hessians: Tensor,
     codec: Codec,
     *,
     damp: float = DAMP,
     act_order: bool = True,
     block: int = BLOCK,
     reach: float = 0.0,
-) -> Encoded:
-    """One matrix [O, I] encoded by `gptq`; codecs of several planes block by block.
+) -> list[Encoded]:
+    """Matrices [B, O, I] encoded by `gptq`; codecs of several planes block by block.
 
     Those are rounded to nearest within a block of `block` columns, whose error the later blocks
     make good as well as they can (D2MoE 2504.15299); `act_order` and `reach` do not apply to them.
     """
     if not isinstance(codec, GridCodec):
-        return _encode_blocks(weight, hessian, codec, damp, block)
+        pairs = zip(weights, hessians, strict=True)
+        return [_encode_blocks(weight, hessian, codec, damp, block) for weight, hessian in pairs]
     codes, grids = gptq(
-        weight, hessian, codec, damp=damp, act_order=act_order, block=block, reach=reach
+        weights, hessians, codec, damp=damp, act_order=act_order, block=block, reach=reach
     )
-    plane = codec.pack(codes.unflatten(1, (grids[next(iter(grids))].shape[1], -1)), grids)
-    return Encoded((weight.shape[0], weight.shape[1]), (plane,))
+    groups = next(iter(grids.values())).shape[-1]
+    return [
+        Encoded(
+            (weights.shape[1], weights.shape[2]),
+            (codec.pack(own.unflatten(1, (groups, -1)), {n: v[at] for n, v in grids.items()}),),
+        )
+        for at, own in enumerate(codes)
+    ]
 
 
 def _encode_blocks(

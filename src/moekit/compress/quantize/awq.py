@@ -20,7 +20,7 @@ from moekit.compress.quantize.layer_experts import middle_of, output_of
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.layer import MoELayer
 from moekit.ops.codecs import Codec
-from moekit.ops.codecs.range_search import searched_encode
+from moekit.ops.codecs.range_search import rounded
 
 GRID = tuple(step / 20 for step in range(20))
 
@@ -89,12 +89,12 @@ def search_awq(
             best = _search_middle(layer, expert, codecs[e], inputs.of_expert(e), inputs, grid)
             if best is not None:
                 middle[e] = best
-    rounded = [
+    made = [
         round_expert(ChannelScales(found, middle.get(e)).apply(expert), codecs[e])
         for e, expert in enumerate(experts)
     ]
     seen = inputs.hidden if found is None else inputs.hidden / found
-    after = _distance(_outputs(layer, rounded, inputs, seen), expected)
+    after = _distance(_outputs(layer, made, inputs, seen), expected)
     return AwqScales(found, middle, (before, after))
 
 
@@ -106,7 +106,7 @@ def round_expert(expert: ExpertWeights, codec: Codec, reach: float = 0.0) -> Exp
     parts = {}
     for name, part in expert.tensors().items():
         matrix = part.dim() == 2
-        parts[name] = codec.decode(searched_encode(codec, part, reach)) if matrix else part.float()
+        parts[name] = rounded(codec, part, reach) if matrix else part.float()
     return dataclasses.replace(expert, **parts)
 
 
@@ -143,14 +143,14 @@ def _error(
     expected: Tensor,
 ) -> float:
     """The error when gate and up alone are rounded: down has a scale of its own."""
-    rounded = [
+    made = [
         dataclasses.replace(
             round_expert(ChannelScales(scale).apply(expert), codec), down=expert.down
         )
         for expert, codec in zip(experts, codecs, strict=True)
     ]
     hidden = inputs.hidden if scale is None else inputs.hidden / scale
-    return _distance(_outputs(layer, rounded, inputs, hidden), expected)
+    return _distance(_outputs(layer, made, inputs, hidden), expected)
 
 
 def _search_middle(
@@ -177,7 +177,7 @@ def _search_middle(
                 if ratio is None
                 else awq_scale(activation, expert.down, ratio, group_size)
             )
-            down = codec.decode(codec.encode(expert.down.float() * scale)) / scale
+            down = rounded(codec, expert.down.float() * scale) / scale
             candidate = dataclasses.replace(expert, down=down)
             made = output_of(layer, candidate, middle)
             error = _distance(made * gates[:, None], expected)

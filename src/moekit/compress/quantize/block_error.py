@@ -43,8 +43,8 @@ def rounding_errors(
             expert, hidden = layer.get_expert(e), inputs.hidden[tokens]
             plain = output_of(layer, expert, middle_of(layer, expert, hidden))
             for at, codec in enumerate(codecs):
-                rounded = round_expert(expert, codec, reach)
-                made = output_of(layer, rounded, middle_of(layer, rounded, hidden))
+                other = round_expert(expert, codec, reach)
+                made = output_of(layer, other, middle_of(layer, other, hidden))
                 # Only this expert's part of the output differs.
                 squares = ((made - plain) * gates[:, None]).double().square().sum(1)
                 sums = torch.zeros(len(inputs.hidden) // batch + 1, dtype=torch.float64)

@@ -21,10 +21,15 @@ class BlockInputs:
     weights: Tensor
 
     @classmethod
-    def of(cls, stats: ExpertStats, position: int) -> BlockInputs:
-        """The sample of the MoE layer at `position`; `UserError` if stats have none."""
+    def of(cls, stats: ExpertStats, position: int, limit: int | None = None) -> BlockInputs:
+        """The sample of the MoE layer at `position`, of it `limit` tokens spread evenly.
+
+        Raises `UserError` if the stats have none.
+        """
         names = ("sample_hidden", "sample_ids", "sample_weights")
-        hidden, ids, weights = (stats.get(position, name) for name in names)
+        held = [stats.get(position, name) for name in names]
+        step = 1 if limit is None else -(-len(held[0]) // limit)
+        hidden, ids, weights = (value[::step] for value in held)
         return cls(hidden.float(), ids, weights.float())
 
     def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,8 @@ from moekit.ops.gptq import BLOCK, DAMP
 RTN, GPTQ, AWQ, EAQUANT = METHODS = ("rtn", "gptq", "awq", "eaquant")
 UNIFORM, MC_MOE = ALLOCATIONS = ("uniform", "mc-moe")
 PROTECTED_BITS = 16
+# Tokens that a search runs through the experts, again and again.
+SEARCHED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ class _Work:
         scale, middle = None, {}
         if request.method == AWQ:
             codecs = [codec_at(b, request.codec).make() for b in bits]
-            found = search_awq(layer, codecs, inputs, group_size=request.codec.group_size)
+            some = BlockInputs.of(self.stats, position, SEARCHED_TOKENS)
+            found = search_awq(layer, codecs, some, group_size=request.codec.group_size)
             scale, middle = found.inputs, found.middle
             told = {"error_before": found.errors[0], "error_after": found.errors[1]}
         elif request.method == EAQUANT:

@@ -18,7 +18,6 @@ from torch import Tensor
 from moekit.compress.quantize.expert_scaling import ChannelScales
 from moekit.core.codec_choice import codec_at
 from moekit.core.errors import UserError
-from moekit.core.expert_weights import ExpertWeights
 from moekit.core.packed import CodecChoice
 from moekit.core.plan import ExpertPlan
 from moekit.core.registry import Option, register_preset
@@ -34,6 +33,8 @@ SOLVERS = (NEAREST, GPTQ)
 POOLED = "pooled"
 FALLBACKS = (POOLED, NEAREST)
 MIN_TOKENS = 32
+# Moments of experts that are computed at once.
+BATCH_BYTES = 256 * 2**20
 # Edits of an expert after which the moments of its inputs are no longer those that were collected.
 _MOVED = ("group", "width", "rank")
 
@@ -80,6 +81,8 @@ class RoundedExperts(Rewrite):
         if options.solver == GPTQ and self._moments is None:
             raise UserError("gptq needs stats with the set full: give --stats or --data.")
         self.fallbacks = self._find_fallbacks()
+        self._short = {(found.layer, found.expert) for found in self.fallbacks}
+        self._made: dict[tuple[int, int], EncodedExpert] = {}
 
     def expert(
         self, layer: int, expert: int, members: Mapping[int, float], read: Read
@@ -89,60 +92,88 @@ class RoundedExperts(Rewrite):
                 f"Layer {layer}: experts {sorted(members)} are folded into one. Apply that plan "
                 "first, then quantize the result."
             )
+        if (layer, expert) not in self._made:
+            self._made = {
+                (layer, each): made
+                for each, made in self._batch(layer, self._alike(layer, expert), read).items()
+            }
+        return self._made[layer, expert]
+
+    def _alike(self, layer: int, expert: int) -> list[int]:
+        """The expert and those after it that are computed along with it: of one codec, and all
+        with moments of their own, as many as `BATCH_BYTES` allow."""
+        found = [expert]
+        if self.options.solver == NEAREST or self._falls_back(layer, expert):
+            return found
+        assert self._moments is not None
+        most = max(1, BATCH_BYTES // self._moments.bytes_per_expert(layer))
+        for other in range(expert + 1, self._moments.num_experts(layer)):
+            if len(found) == most:
+                break
+            gone = self._plan.action(layer, other).drop or self._falls_back(layer, other)
+            if not gone and self._codec(layer, other) == self._codec(layer, expert):
+                found.append(other)
+        return found
+
+    def _codec(self, layer: int, expert: int) -> CodecChoice:
         bits = self._plan.action(layer, expert).bits
-        choice = self._kind if bits is None else codec_at(bits, self._kind)
-        original, scales = read(expert), self.scales(layer, expert)
-        scaled = scales.apply(original)
-        matrices = self._encode(choice.make(), layer, expert, scaled, scales)
-        vectors = {
-            name: part.to(getattr(original, name).dtype)
-            for name, part in scaled.tensors().items()
-            if name not in matrices
-        }
-        return EncodedExpert(choice.make(), matrices, vectors)
+        return self._kind if bits is None else codec_at(bits, self._kind)
+
+    def _batch(self, layer: int, experts: list[int], read: Read) -> dict[int, EncodedExpert]:
+        """Some experts of one codec."""
+        codec = self._codec(layer, experts[0]).make()
+        scales = [self.scales(layer, e) for e in experts]
+        originals = [read(e) for e in experts]
+        scaled = [s.apply(x) for s, x in zip(scales, originals, strict=True)]
+        parts = [x.tensors() for x in scaled]
+        readers = [name for name in ("gate", "up") if name in parts[0]]
+        moments = [self._hessians(codec, layer, e) for e in experts]
+        inputs = [_rescaled(m[0], s.inputs) for m, s in zip(moments, scales, strict=True)]
+        middle = [_rescaled(m[1], s.middle) for m, s in zip(moments, scales, strict=True)]
+        # Gate and up read the same inputs, so their rows are one matrix.
+        both = self._round(codec, [torch.cat([p[name] for name in readers]) for p in parts], inputs)
+        down = self._round(codec, [p["down"] for p in parts], middle)
+        made = {}
+        for at, e in enumerate(experts):
+            matrices: dict[str, Encoded] = {}
+            start = 0
+            for name in readers:
+                rows = len(parts[at][name])
+                matrices[name] = _rows(both[at], start, start + rows)
+                start += rows
+            matrices["down"] = down[at]
+            vectors = {
+                name: part.to(getattr(originals[at], name).dtype)
+                for name, part in parts[at].items()
+                if name not in matrices
+            }
+            made[e] = EncodedExpert(codec, matrices, vectors)
+        return made
 
     def scales(self, layer: int, expert: int) -> ChannelScales:
         """The scales that the plan has for an expert of a decoder layer."""
         held = self._plan.tensors.fit
         return ChannelScales(held.get(f"inputs.{layer}"), held.get(f"middle.{layer}.{expert}"))
 
-    def _encode(
-        self,
-        codec: Codec,
-        layer: int,
-        expert: int,
-        scaled: ExpertWeights,
-        scales: ChannelScales,
-    ) -> dict[str, Encoded]:
-        parts = scaled.tensors()
-        readers = [name for name in ("gate", "up") if name in parts]
-        inputs, middle = self._hessians(codec, layer, expert)
-        # Gate and up read the same inputs, so their rows are one matrix.
-        both = self._round(
-            codec, torch.cat([parts[name] for name in readers]), _rescaled(inputs, scales.inputs)
-        )
-        matrices: dict[str, Encoded] = {}
-        start = 0
-        for name in readers:
-            rows = len(parts[name])
-            matrices[name] = _rows(both, start, start + rows)
-            start += rows
-        matrices["down"] = self._round(codec, parts["down"], _rescaled(middle, scales.middle))
-        return matrices
-
-    def _round(self, codec: Codec, weight: Tensor, hessian: Tensor | None) -> Encoded:
+    def _round(
+        self, codec: Codec, weights: list[Tensor], hessians: list[Tensor | None]
+    ) -> list[Encoded]:
         options = self.options
-        if hessian is not None:
-            return gptq_encode(
-                weight,
-                hessian,
-                codec,
-                damp=options.damp,
-                act_order=options.act_order,
-                block=options.block,
-                reach=options.reach,
-            )
-        return searched_encode(codec, weight, options.reach)
+        known = [hessian for hessian in hessians if hessian is not None]
+        if len(known) < len(weights):
+            return [searched_encode(codec, weight, options.reach) for weight in weights]
+        return gptq_encode(
+            torch.stack(weights),
+            torch.stack(known),
+            codec,
+            damp=options.damp,
+            act_order=options.act_order,
+            block=options.block,
+            reach=options.reach,
+        )
+
+    def _falls_back(self, layer: int, expert: int) -> bool:
+        return (layer, expert) in self._short
 
     def _hessians(
         self, codec: Codec, layer: int, expert: int
@@ -151,7 +182,7 @@ class RoundedExperts(Rewrite):
         if self.options.solver == NEAREST or isinstance(codec, PlainCodec):
             return None, None
         assert self._moments is not None
-        if (layer, expert) not in {(f.layer, f.expert) for f in self.fallbacks}:
+        if not self._falls_back(layer, expert):
             return self._moments.input(layer, expert), self._moments.middle(layer, expert)
         # The neurons of experts differ, so there is nothing to pool for the middle.
         pooled = self.options.fallback == POOLED
@@ -185,6 +216,14 @@ class _Moments:
             for layer, at in self._position.items()
             for expert, tokens in enumerate(self._stats.get(at, "moment_tokens").tolist())
         ]
+
+    def num_experts(self, layer: int) -> int:
+        return self._stats.layers[self._position[layer]].num_experts
+
+    def bytes_per_expert(self, layer: int) -> int:
+        """Bytes of the two moments of an expert in float64, in which they are factorised."""
+        moments = (self.input(layer, 0), self.middle(layer, 0))
+        return sum(8 * moment.numel() for moment in moments)
 
     def input(self, layer: int, expert: int) -> Tensor:
         return self._get(layer, "input_second")[expert]

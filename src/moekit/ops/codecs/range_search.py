@@ -50,6 +50,16 @@ def searched_encode(codec: Codec, weight: Tensor, reach: float) -> Encoded:
     return Encoded((weight.shape[0], weight.shape[1]), (plane,))
 
 
+def rounded(codec: Codec, weight: Tensor, reach: float = 0.0) -> Tensor:
+    """What decoding `searched_encode` gives, float32, without packing where that can be spared."""
+    if not isinstance(codec, GridCodec):
+        return codec.decode(codec.encode(weight))
+    width = codec.group_size or weight.shape[-1]
+    grouped = weight.float().unflatten(-1, (-1, width))
+    grid = spread(searched_fit(codec, grouped, reach=reach))
+    return codec.level(codec.nearest(grouped, grid), grid).flatten(-2)
+
+
 def _loss(
     codec: GridCodec, grouped: Tensor, grid: Grid, norm: float, importance: Tensor | None
 ) -> Tensor:
