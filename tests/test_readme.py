@@ -16,6 +16,7 @@ PAGES = [
     "docs/start.md",
     "docs/concepts.md",
     "docs/extend.md",
+    "docs/guides/compress.md",
     "docs/guides/export-gguf.md",
     "docs/guides/run-larger-than-memory.md",
 ]

@@ -105,7 +105,7 @@ def test_other_tensors_pass():
 
 def test_refusals():
     weight, scale = fp8_pair((8, 16))
-    with pytest.raises(UserError, match="quantised with 'awq'; only fp8 and mxfp4"):
+    with pytest.raises(UserError, match="quantised with 'awq'; only fp8, mxfp4"):
         dequantize({}, {"quant_method": "awq"})
     with pytest.raises(UserError, match=r"should be \[2, 2\]; they are \[1, 2\]"):
         dequantize({"w": defer(weight), "w_scale_inv": defer(scale[:1])}, BLOCK)

@@ -7,6 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from moekit.core.convert import convert
+from moekit.core.plan import Action, ExpertPlan
+from moekit.core.spec import spec_of
 from moekit.export.gguf import convert_gguf
 
 from .gguf_check import VARIANTS, build, llama_logits, own_logits, save
@@ -78,3 +81,26 @@ def test_tokens_of_a_text(tmp_path):
     for text in ("Hello  world, it's 1234!", "  naïve\n\n\tdef f(x): return x", *vocabulary):
         assert llama.tokenize(text.encode(), add_bos=False, special=True) == own.encode(text), text
     llama.close()
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "deepseek_v3", "mixtral"])
+def test_a_pruned_and_folded_model(tmp_path, variant):
+    """A plan that folds experts: llama.cpp computes what transformers does."""
+    model = save(variant, tmp_path / "model")
+    layers = {}
+    for layer in spec_of(model).per_layer:
+        size = layer.num_experts // layer.num_groups
+        layers[layer.layer_index] = {
+            first + place: action
+            for first in range(0, layer.num_experts, size)
+            for place, action in enumerate(
+                (Action(group=first, weight=0.5), Action(group=first, weight=0.5))
+            )
+        }
+    plan = ExpertPlan(layers, routers=dict.fromkeys(layers, "mean"))
+    result = convert_gguf(tmp_path / "model", tmp_path / "out.gguf", plan, gguf_type="f32")
+    assert all(after < before for before, after in result.experts.values())
+    convert(tmp_path / "model", tmp_path / "small", "fused", plan)
+    small = type(model).from_pretrained(tmp_path / "small")
+    found = llama_logits(tmp_path / "out.gguf", IDS)
+    assert np.abs(found - own_logits(small, IDS)).max() < SUMMATION

@@ -48,7 +48,8 @@ def convert(
             "--to",
             help="fused: one bank of experts per layer, which loads fastest. per-expert: the "
             "layout most models are published in. packed: encoded experts that are read one by "
-            "one, for running with less memory than the model. gguf: one file for llama.cpp.",
+            "one, for running with less memory than the model. gguf: one file for llama.cpp. "
+            "compressed-tensors: experts as packed integers, for vLLM and transformers.",
             show_default=False,
         ),
     ],

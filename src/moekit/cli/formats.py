@@ -29,13 +29,15 @@ class Format(StrEnum):
     per_expert = "per-expert"
     packed = "packed"
     gguf = "gguf"
+    compressed_tensors = "compressed-tensors"
 
 
 # An option that is not listed is for every format that is a checkpoint directory.
-CHECKPOINTS = (Format.fused, Format.per_expert, Format.packed)
+CHECKPOINTS = (Format.fused, Format.per_expert, Format.packed, Format.compressed_tensors)
+ENCODED = (Format.packed, Format.compressed_tensors)
 ONLY_FOR = {
-    "--codec": (Format.packed,),
-    "--group-size": (Format.packed,),
+    "--codec": ENCODED,
+    "--group-size": ENCODED,
     "--resident-codec": (Format.packed,),
     "--gguf-type": (Format.gguf,),
     "--gguf-pre": (Format.gguf,),
@@ -51,13 +53,17 @@ CodecOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How --to packed encodes the experts, and how the bits of a plan are rounded; int4 "
-        "unless given (`moekit list --kind codec`).",
+        help="How --to packed and compressed-tensors encode experts, and how the bits of a plan are "
+        "rounded; int4 unless given (`moekit list --kind codec`).",
     ),
 ]
 GroupSizeOption = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Columns that share a scale: 32 (default), 64, 128."),
+    typer.Option(
+        metavar="N",
+        help="Columns that share a scale: 32 (default), 64, 128; with compressed-tensors also 0, "
+        "a whole row.",
+    ),
 ]
 ResidentCodecOption = Annotated[
     str | None,
@@ -189,6 +195,13 @@ def _writer(options: FormatOptions) -> Callable[..., Any]:
             group_size=options.group_size,
             resident_codec=options.resident_codec,
             **shared,
+        )
+    if options.to is Format.compressed_tensors:
+        from moekit.export.compressed_tensors import convert_compressed_tensors
+
+        size = DEFAULT_CODEC.group_size if options.group_size is None else options.group_size
+        return functools.partial(
+            convert_compressed_tensors, codec=asked.name, group_size=size, **shared
         )
     from moekit.core.convert import convert
 

@@ -145,7 +145,7 @@ def _edit_routers(
 
 def _changes_router(plan: ExpertPlan, layer: int) -> bool:
     kind = plan.router(layer)
-    folds = bool(plan.groups(layer)) and kind != "alias"
+    folds = kind != "alias" and any(len(group) > 1 for group in plan.groups(layer).values())
     return bool(plan.dropped(layer)) or folds or kind == "linear"
 
 

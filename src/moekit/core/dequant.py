@@ -1,8 +1,10 @@
-"""Natively quantised checkpoints (block FP8, MXFP4) as plain tensors, decoded while they are read.
+"""Natively quantised checkpoints as plain tensors, decoded while they are read.
 
 Block FP8 (deepseek_v3 and others): `name` in float8 beside `name_scale_inv`, one scale per block of
 rows and columns. MXFP4 (gpt_oss): `name_blocks` with two 4-bit numbers a byte beside `name_scales`,
 one power of two per 32 numbers; the bank comes out transposed, as the model stores it.
+compressed-tensors, symmetric packed integers only: `name_packed` with the codes in 32-bit words
+beside `name_scale`, one for each group of columns or row.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from moekit.core.errors import UserError
 
 FP8 = "fp8"
 MXFP4 = "mxfp4"
-METHODS = (FP8, MXFP4)
+PACKED_INTEGERS = "compressed-tensors"
+METHODS = (FP8, MXFP4, PACKED_INTEGERS)
 
 SCALE_SUFFIX = "_scale_inv"
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")
 BLOCKS, SCALES = "_blocks", "_scales"
+_PACKED, _BESIDE_PACKED = "_packed", ("weight_scale", "weight_shape", "weight_g_idx")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 DEFAULT_BLOCK = (128, 128)
 
@@ -51,8 +55,10 @@ def dequantize(
         return _from_fp8(tensors, quantization)
     if method == MXFP4:
         return _from_mxfp4(tensors)
+    if method == PACKED_INTEGERS:
+        return _from_packed_integers(tensors, quantization)
     raise UserError(
-        f"The checkpoint is quantised with {method!r}; only {' and '.join(METHODS)} can be "
+        f"The checkpoint is quantised with {method!r}; only {', '.join(METHODS)} can be "
         "dequantised. Convert the original checkpoint instead."
     )
 
@@ -134,3 +140,51 @@ def _mxfp4(name: str, blocks: Deferred, scales: Deferred) -> Deferred:
         return values.transpose(1, 2)[:, slice(*region[1])]
 
     return Deferred((experts, groups * size * 2, rows), torch.float32, read)
+
+
+def _from_packed_integers(
+    tensors: Mapping[str, Deferred], quantization: Mapping[str, Any]
+) -> dict[str, Deferred]:
+    schemes = {
+        (
+            group["weights"]["num_bits"],
+            group["weights"].get("type", "int"),
+            bool(group["weights"].get("symmetric", True)),
+            group.get("format") or quantization.get("format"),
+        )
+        for group in quantization.get("config_groups", {}).values()
+    }
+    held = sorted(map(str, schemes))
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    bits = scheme[0] if scheme is not None else 0
+    if scheme is None or 32 % bits or scheme[1:] != ("int", True, "pack-quantized"):
+        raise UserError(
+            f"Of {PACKED_INTEGERS} moekit reads one symmetric scheme of packed integers for all; "
+            f"the checkpoint has {', '.join(held) or 'none'}. Convert the original checkpoint."
+        )
+    made = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_PACKED):
+            base = name.removesuffix(_PACKED)
+            rows, columns = tensors[f"{base}_shape"].read().tolist()
+            shape = (int(rows), int(columns))
+            scale = tensors[f"{base}_scale"]
+            made[base] = Deferred(shape, torch.float32, _packed_reader(tensor, scale, bits, shape))
+        elif not name.endswith(_BESIDE_PACKED):
+            made[name] = tensor
+    return made
+
+
+def _packed_reader(words: Deferred, scale: Deferred, bits: int, shape: tuple[int, int]) -> Reader:
+    share = 32 // bits
+
+    def read(region: Region) -> torch.Tensor:
+        (start, stop), (first, last) = region
+        held = words.rows(start, stop)
+        fields = (held[..., None] >> (torch.arange(share) * bits)) & (2**bits - 1)
+        codes = fields.flatten(1)[:, : shape[1]].float() - 2 ** (bits - 1)
+        scales = scale.rows(start, stop).float()
+        group = shape[1] // scales.shape[1]
+        return (codes * scales.repeat_interleave(group, dim=1))[:, first:last]
+
+    return read

@@ -6,6 +6,7 @@ Shapes: E experts after the plan; a bank holds `block` rows for each of them on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class NewBanks:
         self._spill = spill
         self._block = bank_block(site)
         self._names = bank_names(site)
+        self._stored = stored
         self._dtypes = {full: stored[full].dtype for _, full in self._names}
         self._shapes = {full: site.experts.get_parameter(name).shape for name, full in self._names}
 
@@ -61,11 +63,18 @@ class NewBanks:
             dtype = self._dtypes[name]
             bank = Deferred((own, *shape[1:]), dtype, self._reader(name))
             if shape[0] > own:
-                # Rows behind those of the experts belong to none and are not used.
-                rest = Deferred((shape[0] - own, *shape[1:]), dtype, _zeros(dtype))
+                rest = self._rest(name, shape[0] - own)
                 bank = torch.cat([bank, rest])  # type: ignore[assignment]
             made[name] = bank
         return made
+
+    def _rest(self, name: str, count: int) -> Deferred:
+        """Rows behind those of the experts, which belong to none and are not used."""
+        stored, shape = self._stored[name], self._shapes[name]
+        if stored.shape[1:] == shape[1:] and len(stored) >= count:
+            rows: Any = stored[len(stored) - count :]
+            return rows
+        return Deferred((count, *shape[1:]), stored.dtype, _zeros(stored.dtype))
 
     def _reader(self, name: str) -> Callable[[Region], Tensor]:
         def read(region: Region) -> Tensor:
