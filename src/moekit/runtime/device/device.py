@@ -54,10 +54,10 @@ class Device(Protocol):
         """Bytes of the device's memory that nobody uses, and all."""
 
     def limit(self, nbytes: int) -> None:
-        """Let this process never hold more than `nbytes` in tensors."""
+        """Let this process never hold more than `nbytes` in tensors; peaks count from now on."""
 
     def peak_bytes(self) -> int:
-        """The most bytes this process has held for tensors."""
+        """The most bytes this process has held for tensors since `limit`."""
 
 
 class CudaMark:
@@ -122,6 +122,8 @@ class CudaDevice:
 
     def limit(self, nbytes: int) -> None:
         _, total = self.free_bytes()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
 
     def peak_bytes(self) -> int:

@@ -166,6 +166,7 @@ class DeviceOpening:
         device.pin(memory)
         with ExitStack() as held:
             held.callback(device.unpin, memory)
+            held.callback(device.limit, device.free_bytes()[1])
             in_ram = held.enter_context(
                 ExpertCache(self._store, below.expert_cache, policy=score, new_slots=Arenas(memory))
             )
