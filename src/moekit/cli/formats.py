@@ -53,8 +53,8 @@ CodecOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How --to packed and compressed-tensors encode experts, and how the bits of a plan are "
-        "rounded; int4 unless given (`moekit list --kind codec`).",
+        help="How --to packed and compressed-tensors encode experts, and how the bits of a plan "
+        "are rounded; int4 unless given (`moekit list --kind codec`).",
     ),
 ]
 GroupSizeOption = Annotated[
