@@ -90,8 +90,8 @@ def prune(
     scope: Annotated[
         Scope,
         typer.Option(
-            help="layer: as many go in each. global: one threshold over all layers; stock classes "
-            "then carry dead experts along."
+            help="layer: as many go in each. global: one threshold over all layers, whose numbers "
+            "then differ; --to packed holds that for every family."
         ),
     ] = Scope.layer,
     protect: Annotated[

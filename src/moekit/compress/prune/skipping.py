@@ -101,7 +101,7 @@ def quietest(errors: Sequence[float], count: int) -> list[int]:
 def _transform(
     view: MoEView, rule: Rule, counted: Skipped
 ) -> Callable[[MoELayer, Routing, Tensor], Routing]:
-    spec = spec_of(cast(PreTrainedModel, view.model))
+    normalized = normalized_layers(view)
 
     def transform(layer: MoELayer, routing: Routing, hidden: Tensor) -> Routing:
         used = routing.ids >= 0
@@ -109,14 +109,20 @@ def _transform(
         counted.chosen += int(used.sum())
         counted.run += int(kept.sum())
         weights = routing.weights.masked_fill(~kept, 0)
-        if spec.per_layer[layer.position].normalize:
-            weights = _as_heavy(weights, routing.weights)
+        if normalized[layer.position]:
+            weights = keeping_sum(weights, routing.weights)
         return Routing(routing.logits, weights, routing.ids.masked_fill(~kept, -1))
 
     return transform
 
 
-def _as_heavy(weights: Tensor, before: Tensor) -> Tensor:
+def normalized_layers(view: MoEView) -> list[bool]:
+    """By position: whether the family divides the weights of a token's choices by their sum."""
+    spec = spec_of(cast(PreTrainedModel, view.model))
+    return [bool(layer.normalize) for layer in spec.per_layer]
+
+
+def keeping_sum(weights: Tensor, before: Tensor) -> Tensor:
     """Weights [T, K] scaled so that each token has the sum it had; unchanged where nothing went."""
     total, left = before.sum(-1, keepdim=True), weights.sum(-1, keepdim=True)
     return weights.where((left == total) | (left == 0), weights * (total / left))
