@@ -83,7 +83,7 @@ def test_tokens_of_a_text(tmp_path):
     llama.close()
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "glm4_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_a_pruned_and_folded_model(tmp_path, variant):
     """A plan that folds experts: llama.cpp computes what transformers does."""
     model = save(variant, tmp_path / "model")
