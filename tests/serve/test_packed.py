@@ -5,11 +5,8 @@ import urllib.request
 
 import openai
 import pytest
-import torch
 
-import moekit
 from moekit.core.pack import pack
-from moekit.core.trace_writer import TraceWriter
 from tests.models import write_tiny_model
 
 from .test_openai import PROMPT, serving
@@ -26,17 +23,6 @@ def tiny(tmp_path_factory):
 def packed(tiny):
     pack(tiny, tiny.with_name("packed"), codec="fp32")
     return tiny.with_name("packed")
-
-
-@pytest.fixture(scope="module")
-def trace(tiny):
-    """The routing of a few tokens."""
-    loaded = moekit.load(tiny)
-    ids = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
-    writer = TraceWriter()
-    moekit.collect(moekit.MoEView(loaded.model), list(ids.split(2)), [writer])
-    writer.trace.save(tiny.with_name("trace"))
-    return tiny.with_name("trace")
 
 
 def texts(client: openai.OpenAI, name: str) -> list[str]:
@@ -63,19 +49,13 @@ def test_same_texts_as_the_whole_model(tiny, packed):
         assert int(counts["moekit_peak_memory_bytes"]) < 3e9
 
 
-def test_scheduling_changes_no_text(tiny, packed, trace):
-    """Who runs first, what is read ahead, and sharing that leaves every expert to choose from."""
+def test_scheduling_changes_no_text(tiny, packed):
+    """Who runs first, and sharing that leaves every expert to choose from."""
     with serving(packed, *MEMORY) as server:
         wanted = texts(server.client, "packed")
-    options = ("--alike-first", "--predictor", "expertflow:epochs=1", "--trace", trace)
-    with serving(packed, *MEMORY, *options, "--share-experts", "des-vote:share=1.0") as server:
+    options = ("--alike-first", "--share-experts", "des-vote:share=1.0")
+    with serving(packed, *MEMORY, *options) as server:
         assert texts(server.client, "packed") == wanted
-
-
-def test_what_alike_first_needs(refused, packed, trace):
-    assert "--alike-first needs --predictor" in refused("serve", packed, "--alike-first")
-    options = ("--alike-first", "--predictor", "edgemoe", "--trace", trace)
-    assert "expertflow does" in refused("serve", packed, *options)
 
 
 def test_a_read_error_ends_its_requests_and_not_the_server(packed):

@@ -88,8 +88,7 @@ def serve(
         bool,
         typer.Option(
             "--alike-first",
-            help="Of the queue, run together what needs the same experts; needs --predictor "
-            "expertflow with --trace, or a saved one.",
+            help="Of the queue, run together what has alike prompts and so needs the same experts.",
         ),
     ] = False,
     name: Annotated[
@@ -189,7 +188,6 @@ def serve(
             streams=max_streams,
             runner=runner,
         )
-        usage = _usage(options) if alike_first else None
         # Before the engine is opened, which measures what the program takes.
         from moekit.serve.app import build_app
         from moekit.serve.guard import HttpLimits
@@ -206,7 +204,7 @@ def serve(
                 chunk=chunk,
                 reuse_prefixes=prefix_reuse,
                 seed=seed,
-                usage=usage,
+                alike_first=alike_first,
             )
             answer(
                 build_app(service, HttpLimits(body_bytes=body_bytes), api_key=api_key),
@@ -222,19 +220,6 @@ def _check_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"moekit serve needs {' and '.join(missing)}: pip install 'moekit[serve]'")
-
-
-def _usage(options: dict[str, Any]) -> Any:
-    """What predicts the experts of a prompt; the engine gets the same predictor."""
-    from moekit.core.trace import RoutingTrace
-    from moekit.runtime.predict.files import make_predictor, usage_of
-
-    name, trace = options.get("predictor"), options.get("trace")
-    if name is None:
-        raise UserError("--alike-first needs --predictor: expertflow with --trace, or a saved one")
-    traces = None if trace is None else [RoutingTrace.open(trace)]
-    options["predictor"] = make_predictor(name, traces=traces)
-    return usage_of(options["predictor"], name)
 
 
 def _native_could(engine: Engine) -> bool:

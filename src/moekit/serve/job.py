@@ -66,5 +66,5 @@ class Job:
     new_tokens: int = 0
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
-    usage: Any = None  # of experts, as predicted
+    counts: Any = None  # of the prompt's tokens
     passed_over: int = 0

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moekit.runtime.runner import Runner
 from moekit.runtime.sampling import choose_all, token_logprobs
-from moekit.runtime.schedule.batches import Usage, most_alike
+from moekit.runtime.schedule.batches import most_alike, token_counts
 from moekit.serve.job import Closing, Event, Failed, Finished, Job, NewToken, QueueFull
 from moekit.serve.slots import Slot, Slots
 from moekit.serve.statistics import Statistics
@@ -48,11 +48,11 @@ class Scheduler:
     """Runs any number of jobs on one runner, `limits.streams` of them at a time.
 
     Jobs wait in a queue; a free slot goes to the oldest job of the request that has the fewest
-    running, or, with `usage`, which predicts the experts of a prompt, to the job most alike to
-    those running: nobody is passed over more than `PATIENCE` times. Every step gives each running
-    sequence its next token, or a share of the chunk while it is still in its prompt. Methods may be
-    called from any thread. What a job gets depends neither on the others nor on their order, as far
-    as the runner keeps sequences independent.
+    running, or, with `alike_first`, to the job whose prompt is most alike to those running, which
+    need the same experts: nobody is passed over more than `PATIENCE` times. Every step gives each
+    running sequence its next token, or a share of the chunk while it is still in its prompt.
+    Methods may be called from any thread. What a job gets depends neither on the others nor on
+    their order, as far as the runner keeps sequences independent.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Scheduler:
         *,
         vocab_size: int,
         reuse_prefixes: bool = True,
-        usage: Callable[[Sequence[int]], Usage] | None = None,
+        alike_first: bool = False,
     ) -> None:
         self.limits = limits
-        self._usage = usage
+        self._alike_first = alike_first
         self.statistics = Statistics()
         self._runner = runner
         self._slots = Slots(runner, limits.streams, limits.context, reuse=reuse_prefixes)
@@ -97,9 +97,9 @@ class Scheduler:
 
         Raises QueueFull where more than `limits.queue` would wait, Closing after `close`.
         """
-        if self._usage is not None:
+        if self._alike_first:
             for job in jobs:
-                job.usage = self._usage(job.prompt)
+                job.counts = token_counts(job.prompt)
         with self._wake:
             if self._closing:
                 raise Closing("the server is shutting down")
@@ -188,10 +188,10 @@ class Scheduler:
         running = Counter(id(job.group) for job in self._slots.running.values())
         fewest = min(running[id(job.group)] for job in self._queue)
         waiting = [job for job in self._queue if running[id(job.group)] == fewest][:WINDOW]
-        if self._usage is None or waiting[0].passed_over >= PATIENCE:
+        if not self._alike_first or waiting[0].passed_over >= PATIENCE:
             return waiting[0]
-        beside = [job.usage for job in self._slots.running.values()]
-        chosen = most_alike([job.usage for job in waiting], beside)
+        beside = [job.counts for job in self._slots.running.values()]
+        chosen = most_alike([job.counts for job in waiting], beside)
         for job in waiting[:chosen]:
             job.passed_over += 1
         return waiting[chosen]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from moekit.core.errors import UserError
 from moekit.core.seeds import derive_seed
 from moekit.runtime.engine import Engine
 from moekit.runtime.sampling import Sampling
-from moekit.runtime.schedule.batches import Usage
 from moekit.serve.answer import Answer, Asked
 from moekit.serve.errors import ApiError
 from moekit.serve.job import Closing, QueueFull
@@ -39,8 +38,8 @@ Result = TypeVar("Result")
 class Service:
     """One model behind the API.
 
-    `seed` is what requests without one get theirs from, each another. `usage` predicts the experts
-    of a prompt, to run requests together that need the same ones.
+    `seed` is what requests without one get theirs from, each another. `alike_first` runs
+    requests together whose prompts are alike, for they need the same experts.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Service:
         chunk: int = 128,
         reuse_prefixes: bool = True,
         seed: int = 0,
-        usage: Callable[[Sequence[int]], Usage] | None = None,
+        alike_first: bool = False,
     ) -> None:
         self.engine = engine
         self.name = name
@@ -64,7 +63,7 @@ class Service:
             self.limits,
             vocab_size=self.vocab_size,
             reuse_prefixes=reuse_prefixes,
-            usage=usage,
+            alike_first=alike_first,
         )
         self.names = TokenNames(engine.tokenizer)
         self._seed = seed

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -18,7 +16,6 @@ from moekit.core.method_text import parse_method
 from moekit.core.registry import registry
 from moekit.core.trace import RoutingTrace
 from moekit.runtime.predict.gates import Gate
-from moekit.runtime.predict.path_network import LearnedPath
 from moekit.runtime.predict.predictor import Predictor
 
 FORMAT = "moekit.predictor"
@@ -60,19 +57,6 @@ def make_predictor(
             )
         predictor.fit(traces)
     return predictor
-
-
-def usage_of(predictor: Predictor, name: str) -> Callable[[Sequence[int]], NDArray[np.float32]]:
-    """What tells how often a prompt will use each expert; UserError where `predictor`, called
-    `name`, cannot know by tokens alone."""
-    if not isinstance(predictor, LearnedPath):
-        raise UserError(
-            f"predictor {name} does not know experts by tokens alone: expertflow does, learned "
-            "from a trace"
-        )
-    # Asked once, so that one that has learned nothing says so.
-    predictor.usage([0])
-    return predictor.usage
 
 
 def save_predictor(predictor: Predictor, name: str, path: str | Path) -> None:

@@ -123,18 +123,6 @@ class LearnedPath(Predictor):
                 schedule.step()
         self.network = network.eval()
 
-    @torch.no_grad()
-    def usage(self, tokens: ArrayLike) -> Scores:
-        """How often text of these tokens [T] is expected to use each expert of the first layers
-        within reach, [REACH, E]; watches and changes nothing."""
-        if self.network is None:
-            raise UserError("expertflow is learned: fit the predictor to a trace of the model")
-        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
-        hidden = self.network.hidden(self.network.first(ids), -1)
-        reach = min(REACH, len(self.network.heads))
-        rows = [self.network(hidden, -1, 1 + n).sigmoid().mean(0) for n in range(reach)]
-        return torch.stack(rows).numpy()
-
     def state(self) -> dict[str, NDArray]:
         assert self.network is not None
         return {name: p.detach().numpy() for name, p in self.network.named_parameters()}

@@ -32,7 +32,7 @@ class PlaneFallback:
     Those are kept in a `share` of the expert cache of their own, and read alone.
     """
 
-    def __init__(self, *, max_weight: float = 0.1, planes: int = 1, share: float = 0.25) -> None:
+    def __init__(self, *, max_weight: float = 0.2, planes: int = 1, share: float = 0.25) -> None:
         if planes < 1 or not 0 <= max_weight <= 1 or not 0 < share < 1:
             raise UserError(
                 f"planes {planes} must be 1 or more, max_weight {max_weight} and share {share} "

@@ -50,7 +50,7 @@ class SharedExperts:
         *,
         by: Literal["sequence", "vote"] = "vote",
         per_token: int = 3,
-        share: float = 0.25,
+        share: float = 0.5,
         max_tokens: int = 64,
     ) -> None:
         if per_token < 1 or not 0 < share <= 1:
