@@ -21,6 +21,7 @@ from moekit.compress.quantize.layer_experts import middle_of, output_of
 from moekit.core.errors import UserError
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.layer import MoELayer
+from moekit.core.new_experts import decode_expert
 from moekit.core.rewrite import EncodedExpert
 from moekit.core.seam import replace_backend
 from moekit.core.seeds import generator
@@ -177,8 +178,6 @@ def _decoded(layer: MoELayer, expert: int, made: EncodedExpert, planes: int) -> 
             f"{layer.name}, expert {expert} has {made.codec.num_planes} planes, not {planes}; "
             "quantize with a nested codec."
         )
-    original = layer.get_expert(expert)
-    dtype = original.down.dtype
-    matrices = {n: made.codec.decode(m.prefix(planes)).to(dtype) for n, m in made.matrices.items()}
-    absent = {"gate": None, "up": None}
-    return ExpertWeights(**{**absent, **matrices, **made.vectors})
+    first = {name: matrix.prefix(planes) for name, matrix in made.matrices.items()}
+    prefix = EncodedExpert(made.codec, first, made.vectors)
+    return decode_expert(prefix, layer.get_expert(expert).down.dtype)
