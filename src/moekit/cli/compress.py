@@ -19,6 +19,10 @@ VERBS = {
         "moekit.cli.compress_quantize:quantize",
         "Store the experts in fewer bits a weight.",
     ),
+    "compressed-experts": (
+        "moekit.cli.compress_experts:compressed_experts",
+        "Run fewer experts a token, modulated by vectors.",
+    ),
     "library": (
         "moekit.cli.compress_library:library",
         "Write down which experts each of several tasks needs.",

@@ -27,12 +27,17 @@ def middle_of(layer: MoELayer, expert: ExpertWeights, hidden: Tensor) -> Tensor:
             f"{type(layer).__name__} runs its experts by code of its own, so they cannot be tried "
             "with other weights; take rtn or gptq."
         )
-    experts: Any = layer.experts
     dtype = hidden.dtype
     up = _linear(hidden, expert.up, expert.up_bias, dtype)
-    if expert.gate is None:
+    gate = None if expert.gate is None else _linear(hidden, expert.gate, expert.gate_bias, dtype)
+    return gated(layer, gate, up)
+
+
+def gated(layer: MoELayer, gate: Tensor | None, up: Tensor) -> Tensor:
+    """The input [n, F] of the down projection from what gate and up gave, both [n, F]."""
+    experts: Any = layer.experts
+    if gate is None:
         return experts.act_fn(up)
-    gate = _linear(hidden, expert.gate, expert.gate_bias, dtype)
     if not hasattr(experts, "_apply_gate"):
         return experts.act_fn(gate) * up
     if getattr(experts, "is_concatenated", True):
