@@ -87,14 +87,14 @@ extern "C" void ffn(Pool* pool, const FfnJob* jobs, int32_t count, const int32_t
     });
     RowShares first(pool, count, [&](int j) { return &jobs[j].format->up; });
     RowShares second(pool, count, [&](int j) { return &jobs[j].format->down; });
-    auto work = [&](int) {
+    auto work = [&](int thread) {
         inputs.prepare(pool);
-        first.each([&](int j, Rows rows) {
+        first.each(thread, [&](int j, Rows rows) {
             gate_and_up(jobs[j], rows, inputs[j], middle + starts[j]);
         });
         first.wait(pool);
         middles.prepare(pool);
-        second.each([&](int j, Rows rows) {
+        second.each(thread, [&](int j, Rows rows) {
             const FfnJob& job = jobs[j];
             const ExpertFormat& expert = *job.format;
             const uint8_t* base = static_cast<const uint8_t*>(job.base);

@@ -18,9 +18,9 @@ void matmuls(Pool* pool, const MatmulJob* jobs, int32_t count, const float* x, i
         return Inputs::Wanted{jobs[j].format, source, T, shared};
     });
     RowShares shares(pool, count, [&](int j) { return jobs[j].format; });
-    auto work = [&](int) {
+    auto work = [&](int thread) {
         inputs.prepare(pool);
-        shares.each([&](int j, Rows rows) {
+        shares.each(thread, [&](int j, Rows rows) {
             const MatmulJob& job = jobs[j];
             kernels().multiply(*job.format, static_cast<const uint8_t*>(job.base), rows, inputs[j],
                                Tokens{0, T}, job.y + rows.first, job.y_stride);

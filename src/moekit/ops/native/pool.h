@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <vector>
 
 #include "native.h"
 
@@ -39,11 +40,14 @@ struct Items {
     // Calls work(item) for the items that this thread takes.
     template <class Work>
     void each(Work work) {
-        for (int item; take(item);) {
-            work(item);
-            if (finished.fetch_add(1) + 1 == static_cast<uint32_t>(count) && sleepers.load() != 0)
-                wake();
-        }
+        for (int item; take(item);) finish([&] { work(item); });
+    }
+    // Does the work of one item, and counts it.
+    template <class Work>
+    void finish(Work work) {
+        work();
+        if (finished.fetch_add(1) + 1 == static_cast<uint32_t>(count) && sleepers.load() != 0)
+            wake();
     }
     // Returns when `each` is through with all items, on whichever threads.
     void wait(Pool*);
@@ -52,6 +56,40 @@ private:
     void wake();
     std::atomic<uint32_t> finished{0};
     std::atomic<uint32_t> sleepers{0};
+};
+
+// The same, where neighbours lie next to each other in memory: each thread has a range of its own to
+// go through, so that what it asked for ahead of its use is its own next item, and takes from those
+// of others when it is through.
+struct Ranges {
+    explicit Ranges(int threads, int items) : places_(static_cast<size_t>(threads)) {
+        for (int64_t t = 0; t < threads; ++t) {
+            places_[t].next.store(static_cast<int>(items * t / threads));
+            places_[t].end = static_cast<int>(items * (t + 1) / threads);
+        }
+        done_.count = items;
+    }
+
+    // Calls work(item) for the items that this thread takes.
+    template <class Work>
+    void each(int thread, Work work) {
+        const size_t count = places_.size();
+        for (size_t turn = 0; turn < count; ++turn) {
+            Place& place = places_[(static_cast<size_t>(thread) + turn) % count];
+            for (int item; (item = place.next.fetch_add(1, std::memory_order_relaxed)) < place.end;)
+                done_.finish([&] { work(item); });
+        }
+    }
+    // Returns when `each` is through with all items, on whichever threads.
+    void wait(Pool* pool) { done_.wait(pool); }
+
+private:
+    struct alignas(64) Place {
+        std::atomic<int> next{0};
+        int end = 0;
+    };
+    std::vector<Place> places_;
+    Items done_;
 };
 
 // `pool_run` with a function object: work(thread).

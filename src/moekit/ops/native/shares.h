@@ -89,28 +89,18 @@ inline int64_t row_bytes(const Format& format) {
 class RowShares {
 public:
     template <class FormatOf>
-    RowShares(Pool* pool, int jobs, FormatOf format_of) {
-        int64_t total = 0;
-        for (int j = 0; j < jobs; ++j) total += format_of(j)->rows;
-        const int64_t share = total / (CHUNKS_A_THREAD * int64_t{pool_threads(pool)});
-        for (int j = 0; j < jobs; ++j) {
-            const Format& format = *format_of(j);
-            const int64_t most = std::min(share, CHUNK_BYTES / row_bytes(format)) / STEP * STEP;
-            const int chunk = static_cast<int>(std::max<int64_t>(most, STEP));
-            for (int first = 0; first < format.rows; first += chunk)
-                chunks_.push_back({j, {first, std::min(chunk, format.rows - first)}});
-        }
-        items_.count = static_cast<int>(chunks_.size());
-    }
+    RowShares(Pool* pool, int jobs, FormatOf format_of)
+        : chunks_(cut(pool, jobs, format_of)),
+          ranges_(pool_threads(pool), static_cast<int>(chunks_.size())) {}
 
     // Calls work(job, rows) for the chunks that this thread takes.
     template <class Work>
-    void each(Work work) {
-        items_.each([&](int item) { work(chunks_[item].job, chunks_[item].rows); });
+    void each(int thread, Work work) {
+        ranges_.each(thread, [&](int item) { work(chunks_[item].job, chunks_[item].rows); });
     }
 
     // Returns when the work on all chunks is done, on whichever threads.
-    void wait(Pool* pool) { items_.wait(pool); }
+    void wait(Pool* pool) { ranges_.wait(pool); }
 
 private:
     static constexpr int CHUNKS_A_THREAD = 16;
@@ -121,8 +111,25 @@ private:
         int job;
         Rows rows;
     };
+
+    template <class FormatOf>
+    static std::vector<Chunk> cut(Pool* pool, int jobs, FormatOf format_of) {
+        std::vector<Chunk> chunks;
+        int64_t total = 0;
+        for (int j = 0; j < jobs; ++j) total += format_of(j)->rows;
+        const int64_t share = total / (CHUNKS_A_THREAD * int64_t{pool_threads(pool)});
+        for (int j = 0; j < jobs; ++j) {
+            const Format& format = *format_of(j);
+            const int64_t most = std::min(share, CHUNK_BYTES / row_bytes(format)) / STEP * STEP;
+            const int chunk = static_cast<int>(std::max<int64_t>(most, STEP));
+            for (int first = 0; first < format.rows; first += chunk)
+                chunks.push_back({j, {first, std::min(chunk, format.rows - first)}});
+        }
+        return chunks;
+    }
+
     std::vector<Chunk> chunks_;
-    Items items_;
+    Ranges ranges_;
 };
 
 }  // namespace moekit
