@@ -12,14 +12,19 @@ from torch import Tensor
 
 from moekit.ops.triton.formats import ExpertFormat, MatrixFormat
 from moekit.ops.triton.kernels import UNIT
-from moekit.ops.triton.launch import Dispatch, combine, project
+from moekit.ops.triton.launch import Blocks, Dispatch, combine, project
 
 
 class GroupedExperts:
-    """One layer, by the formats [E] of its experts, whose records lie in `memory` (bytes)."""
+    """One layer, by the formats [E] of its experts, whose records lie in `memory` (bytes).
 
-    def __init__(self, formats: Sequence[ExpertFormat], memory: Tensor) -> None:
-        self.formats = formats
+    `blocks` are for measuring: by default the number of tokens decides.
+    """
+
+    def __init__(
+        self, formats: Sequence[ExpertFormat], memory: Tensor, blocks: Blocks | None = None
+    ) -> None:
+        self.formats, self.blocks = formats, blocks
         self.memory = memory
         self._members: dict[ExpertFormat, list[int]] = {}
         for expert, made in enumerate(formats):
@@ -51,7 +56,7 @@ class GroupedCall:
     ) -> None:
         self._experts = experts
         self._hidden, self._weights = hidden.contiguous(), weights.contiguous()
-        self._dispatch = Dispatch(ids.contiguous(), len(experts.formats))
+        self._dispatch = Dispatch(ids.contiguous(), len(experts.formats), experts.blocks)
         self._out = hidden.new_empty(ids.numel(), hidden.shape[1], dtype=torch.float32)
         # One token's products are too few to be worth rounding.
         exact = not self._dispatch.pad

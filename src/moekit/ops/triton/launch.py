@@ -54,14 +54,17 @@ def blocks_for(num_pairs: int, num_experts: int) -> Blocks:
 
 
 class Dispatch:
-    """The pairs of one call, `experts` [P], and for many tokens their layout by expert."""
+    """The pairs of one call, `experts` [P], and for many tokens their layout by expert.
+
+    `blocks` takes the place of those that the number of tokens asks for.
+    """
 
     def __init__(self, ids: Tensor, num_experts: int, blocks: Blocks | None = None) -> None:
         self.experts = ids.reshape(-1)
         self.num_experts = num_experts
-        self.blocks = VECTOR if len(ids) <= FEW_TOKENS else None
-        if self.blocks is None:
-            self.blocks = blocks or blocks_for(ids.numel(), num_experts)
+        few = len(ids) <= FEW_TOKENS
+        self.blocks = blocks or (VECTOR if few else blocks_for(ids.numel(), num_experts))
+        if self.pad:
             unknown = (ids < 0) | (ids >= num_experts)
             # Choices that run nothing become an expert of their own, which no launch has.
             plan = dispatch_plan(ids.masked_fill(unknown, num_experts), num_experts + 1, self.pad)
@@ -71,7 +74,7 @@ class Dispatch:
 
     @property
     def pad(self) -> int:
-        assert self.blocks is not None
+        """Pairs of a block, to whole ones of which those of an expert are padded; 0 for none."""
         return self.blocks.pairs
 
 
@@ -96,7 +99,6 @@ def project(
     settings: dict[str, Any] = settings_of(up, gate, expert, down)
     rows, cols, pairs = up.rows, up.cols, len(dispatch.experts)
     blocks = dispatch.blocks
-    assert blocks is not None
     grid = (-(-rows // blocks.rows),)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
     with on_device(x):
