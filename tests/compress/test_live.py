@@ -115,3 +115,21 @@ def test_the_empty_plan_changes_nothing():
     before = logits(model, inputs)
     with apply_live(MoEView(model), ExpertPlan()):
         assert torch.equal(logits(model, inputs), before)
+
+
+def test_a_linear_map_live_and_written(tmp_path):
+    source = build_tiny("gpt_oss")
+    path = saved(source, tmp_path / "model")
+    layers = [layer.layer_index for layer in spec_of(source).per_layer]
+    matrix = torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    plan = ExpertPlan(
+        {i: {2: Action(drop=True)} for i in layers},
+        routers=dict.fromkeys(layers, "linear"),
+        tensors=PlanTensors(router_maps=dict.fromkeys(layers, matrix)),
+    )
+    convert(path, tmp_path / "out", "fused", plan)
+    inputs = tiny_inputs("gpt_oss", source)
+    with apply_live(MoEView(source), plan):
+        live = logits(source, inputs)
+    written = type(source).from_pretrained(tmp_path / "out")
+    assert torch.allclose(live, logits(written, inputs), atol=1e-4)

@@ -8,11 +8,14 @@ from moekit.compress import apply_live
 from moekit.core.convert import convert
 from moekit.core.errors import UserError
 from moekit.core.layout import with_num_experts
+from moekit.core.new_experts import encode_expert
 from moekit.core.pack import pack
-from moekit.core.packed import PackedHeader
+from moekit.core.packed import CodecChoice, PackedHeader
 from moekit.core.plan import Action, ExpertPlan
+from moekit.core.rewrite import Rewrite
 from moekit.core.spec import spec_from_config, spec_of
 from moekit.core.view import MoEView
+from moekit.runtime.store import ExpertStore
 from moekit.runtime.unpack import load_packed
 from tests.core.test_convert import logits, saved
 from tests.families.tiny import TINY, build_tiny, tiny_inputs
@@ -144,3 +147,39 @@ def test_packed_layers_have_their_own_widths(tmp_path):
     loaded = load_packed(tmp_path / "packed")
     # The records are in bfloat16: 8 bits of mantissa.
     assert torch.allclose(logits(loaded.model, inputs), live, atol=0.1)
+
+
+class Encodes(Rewrite):
+    """Encodes a halved expert by the codec that the packed model shall have."""
+
+    def __init__(self, codec):
+        self.identity = {"method": "encodes", "codec": codec.name}
+        self.codec = codec
+
+    def expert(self, layer, expert, members, read):
+        old = read(expert)
+        old.down = old.down / 2
+        return encode_expert(old, self.codec.make())
+
+
+def test_what_a_rewrite_encoded_is_packed_as_it_is(tmp_path):
+    config = TINY["mixtral"]()
+    config.intermediate_size = 64
+    source = build_tiny("mixtral", config=config)
+    path = saved(source, tmp_path / "model")
+    codec = CodecChoice("int4-zp", 32)
+    plan = ExpertPlan({i: {3: Action(drop=True)} for i in range(3)})
+    pack(path, tmp_path / "packed", plan, rewrite=Encodes(codec))
+    with ExpertStore.open(tmp_path / "packed") as store:
+        assert {c for layer in store.layers for c in layer.codecs} == {codec}
+        old = MoEView(source)[1].get_expert(4)
+        found = store.read(1, 3).matrices["down"].planes[0]
+        for name, array in codec.make().encode(old.down / 2).planes[0].items():
+            assert torch.equal(found[name], array)
+    with pytest.raises(UserError, match="fitted to int4-zp in groups of 32"):
+        pack(path, tmp_path / "x", plan, rewrite=Encodes(codec), codec="int8")
+    # Other arrays than those of the codec that the header names.
+    wrong = Encodes(codec)
+    wrong.expert = lambda *_: encode_expert(old, CodecChoice("int8", 32).make())
+    with pytest.raises(UserError, match="was encoded otherwise than --codec int4-zp does"):
+        pack(path, tmp_path / "y", plan, rewrite=wrong)
