@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moekit.analyze import Result
+from moekit.compress.prune.saliency import score
 from moekit.core.errors import UserError
 from moekit.core.stats import ExpertStats
 
@@ -96,10 +97,7 @@ def _sums(stats: ExpertStats | None, load: Result | None) -> tuple[str, list[Arr
     if stats is not None:
         moments = {tuple(moment) for moment in stats.moments}
         if (1, 1, 0) in moments:
-            sums = [
-                stats.saliency_sum(position, gate=1, norm=1).double().numpy()[: layer.num_experts]
-                for position, layer in enumerate(stats.layers)
-            ]
+            sums = [layer.numpy() for layer in score(stats, "gated-ean")]
             return "router weight times size of the output, summed over tokens", sums
     if load is None or "gate_mass" not in load.detail:
         raise UserError("neither stats of the experts' outputs nor a trace is there to rank by")
