@@ -21,7 +21,12 @@ PAGES = [
     "docs/guides/run-larger-than-memory.md",
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
-LONG = ["docs/guides/profile.md", "docs/guides/analyze.md", "docs/guides/report.md"]
+LONG = [
+    "docs/guides/profile.md",
+    "docs/guides/analyze.md",
+    "docs/guides/report.md",
+    "docs/guides/quantize.md",
+]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 

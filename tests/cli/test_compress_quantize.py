@@ -146,3 +146,25 @@ def test_a_dry_run_writes_nothing_and_reads_no_text(moekit, wide, tmp_path):
 def test_refusals(refused, wide, tmp_path, arguments, message):
     assert message in refused("compress", "quantize", wide, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_ternary_experts_are_coded_and_come_back_byte_for_byte(moekit, refused, wide, tmp_path):
+    packed, coded, back = (tmp_path / name for name in ("packed", "coded", "back"))
+    done = moekit(
+        *("compress", "quantize", wide, packed, "--method", "rtn", "--codec", "ternary-rows"),
+        *("--protect", "0:3"),
+    )
+    assert done.code == 0, done
+    done = moekit("compress", "code", packed, coded, "--json")
+    assert done.code == 0, done
+    assert done.json["coded_bytes"] < done.json["packed_bytes"]
+    done = moekit("compress", "code", coded, back, "--expand")
+    assert done.code == 0, done
+    files = {path.name for path in packed.iterdir() if path.is_file()}
+    assert {path.name for path in back.iterdir() if path.is_file()} == files
+    for name in files:
+        assert (back / name).read_bytes() == (packed / name).read_bytes(), name
+    assert "no coded.json" in refused("compress", "code", packed, tmp_path / "x", "--expand")
+    done = moekit("compress", "quantize", wide, tmp_path / "int4", "--method", "rtn")
+    message = refused("compress", "code", tmp_path / "int4", tmp_path / "x")
+    assert "no experts of the codec ternary-rows" in message

@@ -27,6 +27,10 @@ VERBS = {
         "moekit.cli.compress_library:library",
         "Write down which experts each of several tasks needs.",
     ),
+    "code": (
+        "moekit.cli.compress_code:code",
+        "Write ternary experts in QMoE's code, or expand them.",
+    ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }
 
