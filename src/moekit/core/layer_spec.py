@@ -230,7 +230,7 @@ def _shared_widths(site: MoESite) -> Iterator[int]:
 
 def bank_block(site: MoESite) -> int:
     """Rows of one expert on the first axis of the tensors that hold the experts."""
-    bank = _bank(site)
-    if bank.dims[0] != "EF":
+    if _bank(site).dims[0] != "EF":
         return 1
-    return int(site.experts.ffn_hidden_size)  # dbrx, the only one
+    experts: Any = site.experts  # of dbrx, the only family with flat banks
+    return int(experts.ffn_hidden_size)
