@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from render_cache import cache_policies
-from render_engine import pack_memory, run_forecast, run_memory, run_uniform_routing
+from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_predictors import predictors
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
@@ -321,6 +321,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run_in_memory_r2": run_in_memory,
     "run_larger_than_memory": run_larger_than_memory,
     "run_uniform_routing": run_uniform_routing,
+    "opening": opening,
     "run_memory": run_memory,
     "pack_memory": pack_memory,
     "run_forecast": run_forecast,

@@ -62,6 +62,31 @@ def run_uniform_routing(record: dict[str, Any]) -> str:
     )
 
 
+def opening(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{row['rounds'][0]['stored_bytes'] / 1e9:.2f}",
+            f"{row['reading']:.2f}",
+            f"{row['rounds'][0]['stored_bytes'] / row['reading'] / 1e9:.2f}",
+            f"**{row['opening']:.2f}**",
+        ]
+        for name, row in record["metrics"]["rows"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Opening",
+            "`benchmarks/opening.py`. A packed model with the resident part of R2 and 8 experts a "
+            "layer, opened by a process that has imported its libraries, past the page cache: "
+            "reading the resident part alone, checksums verified, and opening the model, in "
+            f"seconds, medians of {record['options']['rounds']}. Encoded: attention and output "
+            f"head in {record['options']['codec']}; the logits of the last two rows are equal. "
+            + machine(record),
+            table(["resident part", "GB", "read s", "GB/s", "opening s"], rows),
+        ]
+    )
+
+
 def pack_memory(record: dict[str, Any]) -> str:
     rows = [
         [

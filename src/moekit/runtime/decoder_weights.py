@@ -25,8 +25,8 @@ from moekit.runtime.latent_heads import LatentHeads
 from moekit.runtime.pages import Arena
 from moekit.runtime.rows_on_disk import RowsOnDisk
 from moekit.runtime.store import ExpertStore, StoreError
+from moekit.runtime.tensor_roles import HEADS, MATRIX, TABLE, VECTOR, roles_of
 
-MATRIX, VECTOR, TABLE, HEADS = "matrix", "vector", "table", "heads"
 _OFFSETS = ("codes", "scale", "zero")
 
 
@@ -108,9 +108,9 @@ class DecoderWeights:
 
     def _read(self, store: ExpertStore) -> None:
         roles = dict(self._roles)
-        names = list(store.resident_info())
+        names = set(store.resident_info())
         if self.rows is not None:
-            names.remove(self.shape.embedding)
+            names.discard(self.shape.embedding)
             del roles[self.shape.embedding]
         for name, stored in store.resident_stored(whole=self._whole, names=names):
             wanted, part = self.shape.tensors.get(name), self._encoded_part(name)
@@ -145,8 +145,8 @@ class DecoderWeights:
         """The embedding left on disk, where its rows are read as they are stored."""
         name = self.shape.embedding
         info = infos.get(name)
-        fits = info is not None and info.shape == self.shape.tensors[name]
-        if not fits or info is None or _table_dtype(info.dtype) != info.dtype:
+        expected = self.shape.tensors[name]
+        if info is None or (info.shape, _table_dtype(info.dtype)) != (expected, info.dtype):
             return None
         rows = RowsOnDisk(store, name, most)
         self._tensors[name] = rows.table
@@ -337,40 +337,6 @@ class DecoderWeights:
 
     def _vector(self, name: str | None) -> int | None:
         return None if name is None else self._tensors[name].data_ptr()
-
-
-def roles_of(shape: DecoderShape) -> dict[str, tuple[str, ...]]:
-    """What becomes of each tensor of the resident part; a tied embedding has two roles."""
-    roles: dict[str, tuple[str, ...]] = {}
-
-    def add(name: str | None, role: str) -> None:
-        if name is not None:
-            roles[name] = (*roles.get(name, ()), role)
-
-    def linear(path: str) -> None:
-        add(f"{path}.weight", MATRIX)
-        add(f"{path}.bias" if f"{path}.bias" in shape.tensors else None, VECTOR)
-
-    add(shape.embedding, TABLE)
-    add(shape.final_norm, VECTOR)
-    add(shape.head, MATRIX)
-    add(shape.head_bias, VECTOR)
-    for layer in shape.layers:
-        heads = (layer.q_norm, layer.k_norm, layer.q_a_norm, layer.kv_a_norm, layer.sinks)
-        for name in (*layer.norms, *heads, layer.shared_gate):
-            add(name, VECTOR)
-        for part, path in layer.projections.items():
-            if part == "k" and shape.kv_latent:
-                add(f"{path}.weight", HEADS)
-            else:
-                linear(path)
-        for path in layer.mlp or ():
-            linear(path)
-        if layer.router is not None:
-            add(layer.router.weight, TABLE)
-            add(layer.router.bias, VECTOR)
-            add(layer.router.correction, VECTOR)
-    return roles
 
 
 def encodes(codec: Codec | None, shape: tuple[int, ...]) -> bool:
