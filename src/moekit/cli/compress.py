@@ -19,6 +19,7 @@ VERBS = {
         "moekit.cli.compress_quantize:quantize",
         "Store the experts in fewer bits a weight.",
     ),
+    "slim": ("moekit.cli.compress_slim:slim", "Make every expert narrower."),
     "compressed-experts": (
         "moekit.cli.compress_experts:compressed_experts",
         "Run fewer experts a token, modulated by vectors.",

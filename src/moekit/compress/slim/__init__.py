@@ -1,0 +1,1 @@
+"""Narrower experts: neurons by sensitivity, in stages with distillation between (SlimMoE)."""
