@@ -63,7 +63,7 @@ def bench(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be compared, with forecasts, and stop."),
+        typer.Option("--dry-run", help="Forecast decoding under the limits, and stop."),
     ] = False,
     threads: ThreadsOption = None,
     seed: NoSeedOption = 0,

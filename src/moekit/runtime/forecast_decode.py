@@ -48,12 +48,12 @@ PROBE_SECONDS = 0.2
 # claims where experts come and go; in transformers' modules many small operations. Predicting the
 # next layers' experts comes on top where it is done.
 LAYER_SECONDS = {
-    ("native", True): 1e-4,
+    ("native", True): 4e-5,
     ("native", False): 3e-4,
-    ("graph", True): 1.2e-3,
-    ("graph", False): 2.2e-3,
+    ("graph", True): 1.05e-3,
+    ("graph", False): 2.7e-3,
 }
-STEP_SECONDS = 3e-4
+STEP_SECONDS = 1e-4
 # Rows of a step, and vectors of the model's width that a row needs.
 ROWS, VECTORS = 256, 12
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.core.layer import MoELayer
 from moekit.core.method_text import parse_method
-from moekit.core.registry import register_preset, registry
+from moekit.core.registry import Option, register_preset, registry
 
 
 def shared_by_sequence(logits: Tensor, per_token: int) -> Tensor:
@@ -93,6 +93,7 @@ _LIMITS = (
     "Changes the output. Needs the native runner, which runs sequences together; not for families "
     "with a correction bias or groups of experts."
 )
+_LONGEST = Option("max_tokens", "int", "passes of more tokens are prompts and share nothing", 64)
 register_preset(
     SharedExperts,
     "des-seq",
@@ -102,6 +103,7 @@ register_preset(
     lossless=False,
     limits=_LIMITS,
     settings={"by": "sequence"},
+    options=(Option("per_token", "int", "best experts of each token that are shared", 3), _LONGEST),
 )
 register_preset(
     SharedExperts,
@@ -112,6 +114,7 @@ register_preset(
     lossless=False,
     limits=_LIMITS,
     settings={"by": "vote"},
+    options=(Option("share", "float", "of all experts that are chosen from", 0.5), _LONGEST),
 )
 
 
