@@ -25,7 +25,8 @@ def wide(tmp_path_factory):
     path = tmp_path_factory.mktemp("quantize") / "wide"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = tiny_config(hidden_size=64, moe_intermediate_size=32, num_experts=8)
+        sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
+        config = tiny_config(**sizes, norm_topk_prob=True)
         Qwen3MoeForCausalLM(config).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
@@ -126,6 +127,25 @@ def test_a_dry_run_writes_nothing_and_reads_no_text(moekit, wide, tmp_path):
         assert done.json["dry_run"] is True
         assert done.json["bytes"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_formats_of_others(moekit, refused, wide, text, tmp_path):
+    base = ("compress", "quantize", wide)
+    fitted = ("--data", text, "--seq-len", 32)
+    done = moekit(*base, tmp_path / "m.gguf", "--to", "gguf", "--gguf-type", "f32", *fitted)
+    assert done.code == 0, done
+    assert (tmp_path / "m.gguf").stat().st_size > 0
+    done = moekit(*base, tmp_path / "ct", "--to", "compressed-tensors", *fitted)
+    assert done.code == 0, done
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    # Refused before the text, which does not exist, is read.
+    message = refused(
+        *(*base, tmp_path / "zp", "--to", "compressed-tensors", "--codec", "int4-zp"),
+        *("--data", tmp_path / "none.txt"),
+    )
+    assert "int4-zp" in message
+    assert not (tmp_path / "zp").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,7 @@ from moekit.cli.formats import (
     OverwriteOption,
     ResidentCodecOption,
     RestartOption,
+    write_format,
 )
 from moekit.core.errors import UserError
 
@@ -189,9 +191,16 @@ def quantize(
                 stats, tuple(data or ()), max_tokens, seq_len, batch_size, seed, all_tokens
             )
         _check_text(calibration, quota, save_stats, all_tokens)
+        forecast = forecast_of(request, spec, seed)
+        formats.check(forecast.plan)
+        if plan_only is None and not dry_run:
+            # What the format cannot hold is refused before the text is read.
+            assert out is not None
+            trial = dataclasses.replace(formats, dry_run=True)
+            write_format(destination.source, out, trial, forecast.plan, forecast.rewrite)
         if dry_run:
             printed.line("values and widths are found by the run; the forecast rounds to nearest")
-            made = forecast_of(request, spec, seed)
+            made = forecast
         else:
             made = _decide(
                 printed, destination, spec, request, calibration, quota, save_stats, threads
