@@ -166,6 +166,28 @@ def test_libraries(moekit, tiny, tmp_path):
     assert plans["named"] != plans["other"]
 
 
+@pytest.mark.parametrize("method", ["moe-pruner:pattern=2:4", "wanda:sparsity=0.5"])
+def test_zeros_within_experts(moekit, refused, tiny, text, tmp_path, method):
+    out, saved = tmp_path / "out", tmp_path / "saved"
+    base = ("compress", "prune", tiny, "--method", method, "--data", text, "--seq-len", 32)
+    done = moekit(*base, out, "--protect", "1:2")
+    assert done.code == 0, done
+    view = toolkit.MoEView(AutoModelForCausalLM.from_pretrained(out))
+    for layer in view:
+        for e in range(layer.num_experts):
+            zeros = float((layer.get_expert(e).up == 0).double().mean())
+            assert zeros == (0.0 if (layer.index, e) == (1, 2) else 0.5)
+    plan = tmp_path / "plan.json"
+    assert "--save-stats" in refused(*base, "--plan-only", plan)
+    assert "leave out --ratio" in refused(*base, out, "--ratio", 0.5, "--overwrite")
+    done = moekit(*base, "--plan-only", plan, "--save-stats", saved, "--protect", "1:2")
+    assert done.code == 0, done
+    assert moekit("convert", tiny, tmp_path / "again", "--to", "fused", "--plan", plan).code == 0
+    again = toolkit.MoEView(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+    for mine, theirs in zip(view, again, strict=True):
+        assert torch.equal(mine.experts.down_proj, theirs.experts.down_proj)
+
+
 def test_refusals_come_before_the_model_is_touched(refused, tiny, text, tmp_path):
     out = tmp_path / "out"
     base = ("compress", "prune", tiny, out, "--data", text)
@@ -177,7 +199,7 @@ def test_refusals_come_before_the_model_is_touched(refused, tiny, text, tmp_path
         ((*half, "--method", "reap:x=1"), "reap has no option 'x'; there are none"),
         ((*half, "--method", "naee:max_evaluations=few"), "max_evaluations is int, not 'few'"),
         ((*half, "--method", "naee:how=quick"), "how is one of exact, descent, not quick"),
-        ((*half, "--method", "naee", "--scope", "global"), "searches layer by layer"),
+        ((*half, "--method", "naee", "--scope", "global"), "naee is no score"),
         ((*half, "--protect", "0:9"), "expert 9 cannot be protected"),
         ((*half, "--protect", "nothing"), "neither super, nor a file"),
         ((*half, "--state", tmp_path / "s"), "--state is for searches"),

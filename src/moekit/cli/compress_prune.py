@@ -81,7 +81,7 @@ def prune(
         typer.Option(
             metavar="NAME[:OPTION=VALUE,...]",
             help="A score or a search (`moekit list --kind saliency`, `--kind search`), with "
-            "options as naee:how=descent.",
+            "options as naee:how=descent; or zeros within experts (`--kind sparsifier`).",
         ),
     ] = "reap",
     ratio: RatioOption = None,
@@ -188,6 +188,13 @@ def prune(
 
         found, options = method_of(method, seed)
         spec = spec_from_config(find_config(model))
+        if found.kind == "sparsifier":
+            if not (ratio is None and experts is None and size is None):
+                raise UserError(
+                    f"{found.name} removes weights, not experts: leave out --ratio, --experts "
+                    "and --size"
+                )
+            ratio = 0.0
         keep = experts_per_layer(
             spec, ratio=ratio, count=experts, size=None if size is None else bytes_of(size)
         )
@@ -205,6 +212,11 @@ def prune(
                 stats, tuple(data or ()), max_tokens, seq_len, batch_size, seed
             )
         _check_text(request, calibration, protect or [], state, save_stats)
+        if request.masks and plan_only is not None and stats is None and save_stats is None:
+            raise UserError(
+                f"a plan of {found.name} reads its statistics again when it is applied: give "
+                "--stats, or --save-stats with --data"
+            )
         if dry_run:
             printed.line("which experts go is decided by the run; the forecast takes any")
             pruned = _by_chance(spec, request, protected)
@@ -283,7 +295,7 @@ def _decide(
     if calibration is None:
         return prune_by_score(spec, without_stats(spec), request, protected)
     if calibration.stats is not None:
-        collected = open_stats(calibration.stats, spec, ["default"])
+        collected = open_stats(calibration.stats, spec, request.sets)
     else:
         from moekit.core.view import MoEView
         from moekit.profile import align_weights
@@ -311,9 +323,13 @@ def _decide(
                     progress=advance,
                 )
         with progress("profile", "batches") as advance:
-            collected = stats_for(loaded, calibration, progress=advance)
+            collected = stats_for(loaded, calibration, request.sets, progress=advance)
         if save_stats is not None:
             collected.save(save_stats)
+    if request.masks:
+        from moekit.compress.prune.run import prune_weights
+
+        return prune_weights(spec, collected, request, protected, calibration.stats or save_stats)
     pruned = prune_by_score(spec, collected, request, protected)
     _print_reach(printed, pruned, collected)
     return pruned

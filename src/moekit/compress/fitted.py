@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Kinds whose methods compute values: called as method(plan, stats, model=directory, **options),
 # they return a `core.rewrite.Rewrite`. `stats` is None where the plan names none.
-KINDS = ("condenser", "fuser", "quantizer", "factorizer")
+KINDS = ("condenser", "fuser", "quantizer", "factorizer", "sparsifier")
 
 
 def rewrite_of(plan: ExpertPlan, model: Path, stats: ExpertStats | None = None) -> Rewrite | None:

@@ -14,6 +14,7 @@ from moekit.compress.prune.evolution import eep, loss_points
 from moekit.compress.prune.genome import MixedExperts, genome_plan
 from moekit.compress.prune.naee import naee
 from moekit.compress.prune.planning import Protect, Scope, plan_of, prune, rooms_of
+from moekit.compress.prune.weight_masks import mask_plan
 from moekit.core.collect import Batch
 from moekit.core.errors import UserError
 from moekit.core.method_text import parse_method
@@ -24,7 +25,7 @@ from moekit.core.spec import MoESpec
 from moekit.core.stats import ExpertStats, StatsLayer
 from moekit.core.view import MoEView
 
-KINDS = ("saliency", "search")
+KINDS = ("saliency", "search", "sparsifier")
 LITERAL = re.compile(r"[\"']([^\"']*)[\"']")
 PLAIN_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
@@ -48,14 +49,26 @@ class PruneRequest:
         """Whether the model is run for the decision, and not only for statistics."""
         return self.method.kind == "search"
 
+    @property
+    def masks(self) -> bool:
+        """Whether weights go and all experts stay."""
+        return self.method.kind == "sparsifier"
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets of statistics that the method reads."""
+        return ("diagonal",) if self.masks else ("default",)
+
     def check(self) -> None:
         """Raise `UserError` for what does not go together."""
         if self.scope not in get_args(Scope):
             raise UserError(f"--scope {self.scope!r} is none of {', '.join(get_args(Scope))}")
-        if self.searches and (self.scope == "global" or self.domain or self.by_domain):
+        if self.method.kind != "saliency" and (
+            self.scope == "global" or self.domain or self.by_domain
+        ):
             raise UserError(
-                f"{self.method.name} searches layer by layer on all of the text: --scope global, "
-                "--domain and --by-domain are for scores"
+                f"{self.method.name} is no score, and only scores take --scope global, --domain "
+                "and --by-domain"
             )
 
 
@@ -151,6 +164,18 @@ def prune_by_search(
         "within the budget": evolved.complete,
     }
     return Pruned(plan, MixedExperts(plan) if plan.fit else None, numbers)
+
+
+def prune_weights(
+    spec: MoESpec,
+    stats: ExpertStats,
+    request: PruneRequest,
+    protect: Protect,
+    directory: Path | None = None,
+) -> Pruned:
+    """Zero weights of all but protected experts; `directory` is where the plan finds the stats."""
+    plan = mask_plan(spec, request.method.name, request.options, protect, directory)
+    return Pruned(plan, request.method.load()(plan, stats, **request.options))
 
 
 def without_stats(spec: MoESpec) -> ExpertStats:

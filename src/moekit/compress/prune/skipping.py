@@ -22,7 +22,7 @@ from moekit.core.errors import UserError
 from moekit.core.forward_context import scopes_of, token_context
 from moekit.core.layer import MoELayer
 from moekit.core.port import SeamCall
-from moekit.core.registry import register, register_preset
+from moekit.core.registry import Option, register, register_preset
 from moekit.core.routing_rule import Routing
 from moekit.core.spec import spec_of
 from moekit.core.stats import ExpertStats
@@ -267,4 +267,10 @@ register_preset(
     lossless=False,
     limits="Made for two choices a token; of more, each is compared with the first.",
     settings={"protected": 0.0},
+    options=(
+        Option(
+            "quantile", "float", "share of the tokens whose second choice is skipped", 0.5
+        ),
+        Option("layers", "Sequence[int] | None", "positions of the MoE layers to skip in"),
+    ),
 )
