@@ -47,7 +47,7 @@ def test_searched_scales_leave_a_smaller_error(codec):
         loud = inputs.hidden.clone()
         loud[:, ::16] *= 12
         inputs = BlockInputs(loud, inputs.ids, inputs.weights)
-        found = search_awq(layer, [make_codec(codec)] * 8, inputs, group_size=32)
+        found = search_awq(layer, [make_codec(codec)] * 8, inputs)
         assert found.inputs is not None
         assert found.errors[1] < 0.9 * found.errors[0]
 

@@ -60,29 +60,26 @@ def search_awq(
     codecs: Sequence[Codec],
     inputs: BlockInputs,
     *,
-    group_size: int,
-    scale_inputs: bool = True,
     grid: Sequence[float] = GRID,
 ) -> AwqScales:
     """Search the scales of one layer; `codecs` [E] are what its experts will be rounded by.
 
-    Without `scale_inputs` only the middles are scaled. Ones (no change) are always a candidate, so
-    the error on `inputs` never grows. Raises `UserError` for a family that runs its experts by code
-    of its own.
+    Ones (no change) are always a candidate. Raises `UserError` for a family that runs its experts
+    by code of its own.
     """
     experts = [layer.get_expert(e) for e in range(layer.num_experts)]
     expected = _outputs(layer, experts, inputs)
     plain = [round_expert(x, codec) for x, codec in zip(experts, codecs, strict=True)]
     before = _distance(_outputs(layer, plain, inputs), expected)
     least, found = _error(layer, experts, codecs, None, inputs, expected), None
-    if scale_inputs:
-        activation = inputs.hidden.abs().mean(0)
-        rows = torch.cat([_readers(expert) for expert in experts])
-        for ratio in grid:
-            scale = awq_scale(activation, rows, ratio, group_size)
-            error = _error(layer, experts, codecs, scale, inputs, expected)
-            if error < least:
-                least, found = error, scale
+    activation = inputs.hidden.abs().mean(0)
+    rows = torch.cat([_readers(expert) for expert in experts])
+    group_size = max(_group_size(codec, rows) for codec in codecs)
+    for ratio in grid:
+        scale = awq_scale(activation, rows, ratio, group_size)
+        error = _error(layer, experts, codecs, scale, inputs, expected)
+        if error < least:
+            least, found = error, scale
     middle = {}
     if middle_can_be_scaled(layer.experts):
         for e, expert in enumerate(experts):
@@ -108,6 +105,11 @@ def round_expert(expert: ExpertWeights, codec: Codec, reach: float = 0.0) -> Exp
         matrix = part.dim() == 2
         parts[name] = rounded(codec, part, reach) if matrix else part.float()
     return dataclasses.replace(expert, **parts)
+
+
+def _group_size(codec: Codec, weight: Tensor) -> int:
+    """Columns that share a scale; a whole row where a codec has no groups."""
+    return getattr(codec, "group_size", 0) or weight.shape[1]
 
 
 def _readers(expert: ExpertWeights) -> Tensor:
@@ -165,7 +167,7 @@ def _search_middle(
     tokens, gates = chosen
     if not len(tokens):
         return None
-    group_size = getattr(codec, "group_size", expert.down.shape[1])
+    group_size = _group_size(codec, expert.down)
     with torch.no_grad():
         middle = middle_of(layer, expert, inputs.hidden[tokens])
         expected = output_of(layer, expert, middle) * gates[:, None]

@@ -241,7 +241,7 @@ class _Work:
         if request.method == AWQ:
             codecs = [codec_at(b, request.codec).make() for b in bits]
             some = BlockInputs.of(self.stats, position, SEARCHED_TOKENS)
-            found = search_awq(layer, codecs, some, group_size=request.codec.group_size)
+            found = search_awq(layer, codecs, some)
             scale, middle = found.inputs, found.middle
             told = {"error_before": found.errors[0], "error_after": found.errors[1]}
         elif request.method == EAQUANT:
