@@ -104,7 +104,8 @@ class DecoderWeights:
         pairs = rows * (1 + max((spec.top_k for spec in layers), default=0))
         dense = [shape.tensors[f"{x.mlp[0]}.weight"][0] for x in shape.layers if x.mlp is not None]
         numbers = pairs * (2 * wide + shape.width) + rows * 2 * max(dense, default=0)
-        return 4 * (numbers + rows * shape.heads * shape.value_dim)
+        # Two numbers of each group of 32 columns besides.
+        return 4 * (numbers + numbers // 16 + rows * shape.heads * shape.value_dim)
 
     def _read(self, store: ExpertStore) -> None:
         roles = dict(self._roles)
