@@ -182,3 +182,18 @@ def test_saving_where_something_is(tmp_path):
     stats.save(tmp_path / "t")
     with pytest.raises(UserError, match="exists already"):
         stats.save(tmp_path / "t")
+
+
+def test_one_expert_is_read_alone(tmp_path):
+    values = torch.arange(24.0, dtype=torch.float64).view(4, 6)
+    layer = StatsLayer(0, "layers.0", 4, 4, 2)
+    stats = ExpertStats("mixtral", [layer], [""], held={(0, "input_sq"): values})
+    assert torch.equal(stats.of_expert(0, "input_sq", 2), values[2])
+    stats.save(tmp_path / "stats")
+    again = ExpertStats.open(tmp_path / "stats")
+    assert torch.equal(again.of_expert(0, "input_sq", 3), values[3])
+    assert torch.equal(again.merge(again).of_expert(0, "input_sq", 1), 2 * values[1])
+    with pytest.raises(UserError, match="not kept by expert"):
+        again.of_expert(0, "count", 0)
+    with pytest.raises(UserError, match="profile again"):
+        again.of_expert(0, "input_second", 0)

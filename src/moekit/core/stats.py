@@ -36,10 +36,12 @@ class StatsLayer:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A statistic that is read, or added up, when it is asked for."""
+    """A statistic that is read, or added up, when it is asked for; `load_row(i)` reads one entry of
+    its first axis, where that costs less."""
 
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    load_row: Callable[[int], Tensor] | None = None
 
 
 @dataclass
@@ -79,6 +81,18 @@ class ExpertStats:
                 f"{self.layers[position].name}; profile again with the set that holds it."
             )
         return value.load() if isinstance(value, Lazy) else value
+
+    def of_expert(self, position: int, name: str, expert: int) -> Tensor:
+        """The entry of one expert of a statistic whose first axis counts experts.
+
+        Of statistics on disk nothing else is read. Raises UserError as `get` does.
+        """
+        if not STATISTICS[name].axes.startswith("E"):
+            raise UserError(f"{name!r} is not kept by expert.")
+        value = self.held.get((position, name))
+        if isinstance(value, Lazy) and value.load_row is not None:
+            return value.load_row(expert)
+        return self.get(position, name)[expert]
 
     def by_domain(self, position: int, name: str, domain: str | None = None) -> Tensor:
         """A statistic with a domain axis, without that axis: of one domain, or of all together."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -148,7 +150,9 @@ def _open_file(stats: ExpertStats, path: Path, num_moments: int) -> None:
         shape = entry.shape
         if not known or not _fits(stats, int(position), name, entry, num_moments):
             raise UserError(f"{path}: {key!r} with shape {list(shape)} does not fit {HEADER}.")
-        stats.held[int(position), name] = cheap.get(key, Lazy(shape, partial(_read, path, key)))
+        stats.held[int(position), name] = cheap.get(
+            key, Lazy(shape, partial(_read, path, key), partial(_read_row, path, key))
+        )
 
 
 def _fits(stats: ExpertStats, position: int, name: str, entry: Any, num_moments: int) -> bool:
@@ -169,8 +173,19 @@ def _fits(stats: ExpertStats, position: int, name: str, entry: Any, num_moments:
 
 
 def _read(path: Path, key: str) -> Tensor:
+    with _opened(path) as file:
+        return file.get_tensor(key)
+
+
+def _read_row(path: Path, key: str, row: int) -> Tensor:
+    with _opened(path) as file:
+        return file.get_slice(key)[row]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+            yield file
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read any more: {error}") from error

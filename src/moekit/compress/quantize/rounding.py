@@ -202,12 +202,12 @@ class RoundedExperts(Rewrite):
 
 
 class _Moments:
-    """The input moments of one layer at a time, by decoder layer."""
+    """The input moments of single experts, by decoder layer."""
 
     def __init__(self, stats: ExpertStats) -> None:
         self._stats = stats
         self._position = {layer.index: at for at, layer in enumerate(stats.layers)}
-        self._held: dict[tuple[int, str], Tensor] = {}
+        self._pooled: tuple[int, Tensor] | None = None
 
     def counts(self) -> list[tuple[int, int, int]]:
         """(decoder layer, expert, tokens) of every expert."""
@@ -226,21 +226,19 @@ class _Moments:
         return sum(8 * moment.numel() for moment in moments)
 
     def input(self, layer: int, expert: int) -> Tensor:
-        return self._get(layer, "input_second")[expert]
+        return self._stats.of_expert(self._position[layer], "input_second", expert)
 
     def middle(self, layer: int, expert: int) -> Tensor:
-        return self._get(layer, "middle_second")[expert]
+        return self._stats.of_expert(self._position[layer], "middle_second", expert)
 
     def pooled_input(self, layer: int) -> Tensor:
         """The moment of the layer's tokens, each counted once for each expert that it is in."""
-        return self._get(layer, "input_second").sum(0)
-
-    def _get(self, layer: int, name: str) -> Tensor:
-        if any(held != layer for held, _ in self._held):
-            self._held.clear()
-        if (layer, name) not in self._held:
-            self._held[layer, name] = self._stats.get(self._position[layer], name)
-        return self._held[layer, name]
+        if self._pooled is None or self._pooled[0] != layer:
+            total = self.input(layer, 0).clone()
+            for expert in range(1, self.num_experts(layer)):
+                total += self.input(layer, expert)
+            self._pooled = layer, total
+        return self._pooled[1]
 
 
 @dataclass(frozen=True)
