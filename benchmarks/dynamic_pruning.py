@@ -10,6 +10,7 @@ machine that does nothing else. Each writes its part of benchmarks/results/dynam
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -101,6 +102,7 @@ def quality(loaded: Any, view: moekit.MoEView, data: Path, size: int) -> dict[st
     train = read_texts(sorted(data.glob("*.train.jsonl")))
     valid = limit_bytes_per_domain(read_texts(sorted(data.glob("*.valid.jsonl"))), size)
     stats = profile(view, sequences(loaded, train, CONTEXT, CALIBRATION))
+    shutil.rmtree(NETWORKS / "stats", ignore_errors=True)
     stats.save(NETWORKS / "stats")
     text = sequences(loaded, train, TRAIN_LENGTH, 4 * TRAIN_LENGTH * STEPS)
     networks, training = {}, {}

@@ -87,9 +87,10 @@ def eep(
     ones, say of a score. `state` is a file from which a search of the same `identity` goes on;
     `progress` gets (evaluations done, all).
     """
+    plan = _Phases(initial, pruning, [[list(map(int, keep)) for keep in own] for own in start])
     sizes = {"initial": initial, "pruning": pruning, "total": total, "seed": seed}
-    given = [[list(map(int, keep)) for keep in layers] for layers in start]
-    file = SearchFile(state, {"method": "eep", **sizes, "start": given, **(identity or {})})
+    known_as = {"method": "eep", **sizes, "start": plan.start, **(identity or {})}
+    file = SearchFile(state, known_as)
     known: list[float] = (file.load() or {"fitness": []})["fitness"]
     budget = Budget(seconds=max_seconds)
     people: list[Genome] = []
@@ -98,30 +99,7 @@ def eep(
         # Past the budget what was evaluated before is still counted in.
         if number >= max(len(known), 1) and budget.exhausted:
             break
-        rng = generator(seed, "eep", number)
-        if number < len(given):
-            person = [
-                LayerGenome.keeping(room, keep)
-                for room, keep in zip(rooms, given[number], strict=True)
-            ]
-        elif number < initial:
-            person = [
-                LayerGenome.keeping(room, room.best(torch.rand(room.num_experts, generator=rng)))
-                for room in rooms
-            ]
-        elif number < pruning:
-            person = _repicked(rooms, _parent(people, fitness, MUTATION_POINTS, 1, rng), rng)
-        elif float(torch.rand((), generator=rng)) < CROSSOVER:
-            parents = [
-                _parent(people, fitness, CROSSOVER_POINTS, CROSSOVER_LEAST, rng) for _ in range(2)
-            ]
-            person = [
-                _crossed(room, first, second, rng)
-                for room, first, second in zip(rooms, *parents, strict=True)
-            ]
-        else:
-            parent = _parent(people, fitness, MUTATION_POINTS, 1, rng)
-            person = [_shaken(room, layer, rng) for room, layer in zip(rooms, parent, strict=True)]
+        person = plan.person(number, rooms, people, fitness, generator(seed, "eep", number))
         people.append(person)
         if number < len(known):
             fitness.append(known[number])
@@ -134,6 +112,43 @@ def eep(
     best = max(range(len(people)), key=lambda i: fitness[i])
     history = [max(fitness[: i + 1]) for i in range(len(fitness))]
     return Evolved(people[best], fitness[best], history, budget.spent, len(people) == total)
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """How the individual of a number comes about: given, random, re-picked, crossed or shaken."""
+
+    initial: int
+    pruning: int
+    start: list[list[list[int]]]
+
+    def person(
+        self,
+        number: int,
+        rooms: Sequence[Room],
+        people: Sequence[Genome],
+        fitness: Sequence[float],
+        rng: Generator,
+    ) -> Genome:
+        if number < len(self.start):
+            return [
+                LayerGenome.keeping(room, keep)
+                for room, keep in zip(rooms, self.start[number], strict=True)
+            ]
+        if number < max(self.initial, 1):
+            return [
+                LayerGenome.keeping(room, room.best(torch.rand(room.num_experts, generator=rng)))
+                for room in rooms
+            ]
+        if number < self.pruning:
+            return _repicked(rooms, _parent(people, fitness, MUTATION_POINTS, 1, rng), rng)
+        if float(torch.rand((), generator=rng)) < CROSSOVER:
+            one, other = (
+                _parent(people, fitness, CROSSOVER_POINTS, CROSSOVER_LEAST, rng) for _ in range(2)
+            )
+            return [_crossed(*layers, rng) for layers in zip(one, other, strict=True)]
+        parent = _parent(people, fitness, MUTATION_POINTS, 1, rng)
+        return [_shaken(room, layer, rng) for room, layer in zip(rooms, parent, strict=True)]
 
 
 def loss_points(
@@ -197,7 +212,7 @@ def _repicked(rooms: Sequence[Room], parent: Genome, rng: Generator) -> Genome:
     return made
 
 
-def _crossed(room: Room, first: LayerGenome, second: LayerGenome, rng: Generator) -> LayerGenome:
+def _crossed(first: LayerGenome, second: LayerGenome, rng: Generator) -> LayerGenome:
     """Rows of two parents; a matrix that is not selected comes whole from one of them."""
     parents = (first, second)
     whole = torch.rand((), generator=rng) < 0.5

@@ -268,9 +268,7 @@ register_preset(
     limits="Made for two choices a token; of more, each is compared with the first.",
     settings={"protected": 0.0},
     options=(
-        Option(
-            "quantile", "float", "share of the tokens whose second choice is skipped", 0.5
-        ),
+        Option("quantile", "float", "share of the tokens whose second choice is skipped", 0.5),
         Option("layers", "Sequence[int] | None", "positions of the MoE layers to skip in"),
     ),
 )
