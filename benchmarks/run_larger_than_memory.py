@@ -12,6 +12,7 @@ Needs root, for the cgroups. Writes benchmarks/results/run_larger_than_memory.js
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -135,7 +136,12 @@ def bound(off: dict[str, Any], compute: float, bandwidth: float) -> float:
 
 
 def measure(
-    packed: Path, gguf: Path, python: str, documents: list[list[int]], patience: float
+    packed: Path,
+    gguf: Path,
+    python: str,
+    documents: list[list[int]],
+    patience: float,
+    shares: list[float],
 ) -> dict[str, Any]:
     with ExpertStore.open(packed) as store:
         everything, layers, record = store.expert_bytes, store.layers, store.nbytes(0, 0)
@@ -145,7 +151,7 @@ def measure(
     routing = whole.pop("routing")
     routing = routing[len(routing) // 2 :]
     rows = {}
-    for share in SHARES:
+    for share in shares:
         cache = int(share * everything)
         off = run_moekit(packed, cache, documents, "--no-prefetch")
         on = run_moekit(packed, cache, documents)
@@ -176,6 +182,12 @@ def measure(
     }
 
 
+def earlier(options: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the result that is there, if it was made with the same options."""
+    found = json.loads(RESULT.read_text()) if RESULT.is_file() else {"options": None}
+    return found["metrics"]["rows"] if found["options"] == options else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -185,6 +197,14 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a document")
     parser.add_argument("--patience", type=float, default=120, help="seconds llama.cpp is given")
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        default=SHARES,
+        help="of the experts in memory; other rows stay as an earlier run with these options left "
+        "them",
+    )
     given = parser.parse_args()
     packed, gguf = prepare(given.work, given.width)
     documents = texts(given.data, given.documents, given.length)
@@ -193,7 +213,8 @@ def main() -> None:
     record = start_record("benchmarks/run_larger_than_memory.py", options | {"threads": 2}, seed=0)
     version = [given.peer_python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
     record.versions["llama-cpp-python"] = subprocess.check_output(version, text=True).strip()
-    metrics = measure(packed, gguf, given.peer_python, documents, given.patience)
+    metrics = measure(packed, gguf, given.peer_python, documents, given.patience, given.shares)
+    metrics["rows"] = earlier(record.options) | metrics["rows"]
     RESULT.write_text(record.finish(metrics).to_json())
     for share, row in metrics["rows"].items():
         off, on = (row[key]["tokens_per_second"] for key in ("prefetch_off", "prefetch_on"))

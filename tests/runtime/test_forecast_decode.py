@@ -32,6 +32,15 @@ def machine(monkeypatch):
     monkeypatch.setattr(forecast_decode, "file_speed", lambda path: DiskSpeed(DISK))
 
 
+def test_an_encoded_resident_part_is_smaller(tiny, packed, machine, tmp_path):
+    pack(tiny, tmp_path / "encoded", codec="fp32", resident_codec="int8")
+    plain, encoded = (plan_decode(path, 10**9) for path in (packed, tmp_path / "encoded"))
+    assert encoded.budget.needs.resident < plain.budget.needs.resident
+    assert encoded.load.resident_bytes < plain.load.resident_bytes
+    asked = plan_decode(packed, 10**9, resident_codec="int8")
+    assert encoded.budget.needs.resident == asked.budget.needs.resident
+
+
 def test_bytes_are_those_of_the_store(packed, machine):
     with ExpertStore.open(packed) as store:
         everything, record = store.expert_bytes, store.nbytes(0, 0)
