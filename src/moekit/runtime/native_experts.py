@@ -27,7 +27,7 @@ def native_experts(
 ) -> NativeExperts | None:
     """The experts of a layer as the kernels run them, or None where they cannot as exactly.
 
-    Where the model computes in float32, kernels that round activations to bfloat16 are left out.
+    Where the model computes in float32, kernels that round activations to 16 bits are left out.
     """
     if type(layer) is not MoELayer or getattr(layer.experts, "has_post_expert_norm", False):
         return None
