@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,12 +57,14 @@ from moekit.cli.formats import (
     OverwriteOption,
     ResidentCodecOption,
     RestartOption,
+    write_format,
 )
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
     from moekit.compress.calibrate import Calibration
     from moekit.compress.prune.run import Pruned, PruneRequest
+    from moekit.core.plan import ExpertPlan
     from moekit.core.spec import MoESpec
     from moekit.core.stats import ExpertStats
 
@@ -179,8 +182,8 @@ def prune(
         if save_stats is not None:
             check_out(save_stats)
         from moekit.compress.calibrate import Calibration
-        from moekit.compress.prune.planning import rooms_of
-        from moekit.compress.prune.run import PruneRequest, method_of
+        from moekit.compress.prune.planning import any_plan
+        from moekit.compress.prune.run import Pruned, PruneRequest, method_of
         from moekit.compress.request import experts_per_layer
         from moekit.core.load import find_config
         from moekit.core.memory import bytes_of
@@ -201,7 +204,6 @@ def prune(
         request = PruneRequest(found, options, keep, scope.value, domain, by_domain)
         request.check()
         protected = protected_experts(protect or [])
-        rooms_of(spec, keep, protected)
         calibration = None
         if library is not None:
             check_library(task, query, stats, data)
@@ -217,9 +219,11 @@ def prune(
                 f"a plan of {found.name} reads its statistics again when it is applied: give "
                 "--stats, or --save-stats with --data"
             )
+        anything = any_plan(spec, keep, scope.value, protected)
+        _preflight(destination, anything)
         if dry_run:
             printed.line("which experts go is decided by the run; the forecast takes any")
-            pruned = _by_chance(spec, request, protected)
+            pruned = Pruned(anything)
         elif library is not None:
             pruned = from_library(
                 printed, model, spec, keep, library, task, query, seed, threads, protected
@@ -335,15 +339,11 @@ def _decide(
     return pruned
 
 
-def _by_chance(spec: MoESpec, request: PruneRequest, protected: dict[int, set[int]]) -> Pruned:
-    """A plan of the size that is asked for, for the forecast: no model is run."""
-    from dataclasses import replace
-
-    from moekit.compress.prune.run import method_of, prune_by_score, without_stats
-
-    chance, options = method_of("random", 0)
-    anyhow = replace(request, method=chance, options=options, domain=None, by_domain=False)
-    return prune_by_score(spec, without_stats(spec), anyhow, protected)
+def _preflight(destination: Destination, plan: ExpertPlan) -> None:
+    """Refuse now what the writer would refuse when everything is decided."""
+    if destination.out is not None:
+        dry = replace(destination.formats, dry_run=True)
+        write_format(destination.source, destination.out, dry, plan)
 
 
 def _print_reach(printed: Output, pruned: Pruned, stats: ExpertStats) -> None:

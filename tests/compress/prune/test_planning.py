@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import moekit
 from moekit.compress.live import apply_live
 from moekit.compress.prune.evolution import token_loss
-from moekit.compress.prune.planning import plan_of, prune, rooms_of
+from moekit.compress.prune.planning import any_plan, plan_of, prune, rooms_of
 from moekit.compress.request import experts_per_layer
 from moekit.core.collect import Batch
 from moekit.core.convert import convert
@@ -109,6 +109,14 @@ def test_a_global_budget_keeps_the_sum(view, stats):
     counts = plan.result().num_experts
     assert sum(counts) == 8
     assert min(counts) >= 2
+
+
+def test_a_plan_before_anything_is_measured(view):
+    spec = spec_of(view.model)
+    keep = experts_per_layer(spec, ratio=0.5)
+    assert any_plan(spec, keep).result().num_experts == (4, 4)
+    assert sorted(any_plan(spec, keep, "global").result().num_experts) == [2, 6]
+    assert any_plan(spec, keep, "layer", {1: [7]}).action(1, 7).protect
 
 
 def test_plans_of_keep_sets(view):

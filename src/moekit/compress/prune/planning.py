@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+
 from moekit.compress.prune.saliency import score
 from moekit.compress.prune.select import Room, spread
 from moekit.compress.request import check_counts, check_protected, least_experts
@@ -46,6 +48,22 @@ def plan_of(
         actions |= {e: Action(protect=True) for e in room.protected}
         layers[room.layer] = actions
     return ExpertPlan(layers, Fingerprint.of(spec), note)
+
+
+def any_plan(
+    spec: MoESpec, keep: Mapping[int, int], scope: Scope = "layer", protect: Protect | None = None
+) -> ExpertPlan:
+    """A plan of the size that is asked for, before anything is measured.
+
+    For a forecast, and to find out what the writer refuses; with scope "global" the layers differ
+    as much as they may.
+    """
+    rooms = rooms_of(spec, keep, protect)
+    alike = [torch.ones(room.num_experts) for room in rooms]
+    if scope == "global":
+        rooms = spread(rooms, alike, [least_experts(layer) for layer in spec.per_layer])
+    kept = [room.best(layer) for room, layer in zip(rooms, alike, strict=True)]
+    return plan_of(spec, rooms, kept, f"prune: any experts, {scope} budget")
 
 
 def prune(
