@@ -5,6 +5,7 @@ Prints as JSON, for each codec named and each kernel, what its PTX loads and mul
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from triton.compiler import ASTSource
 
 from moekit.ops.codecs import make_codec
 from moekit.ops.triton import kernels
-from moekit.ops.triton.formats import ExpertFormat, matrix_format
+from moekit.ops.triton.formats import ACTIVATIONS, ExpertFormat, matrix_format
 from moekit.ops.triton.launch import VECTOR, blocks_for, settings_of
 
 POINTERS = {
@@ -86,6 +87,30 @@ def main() -> None:
                         num_stages=blocks.stages,
                         num_warps=blocks.warps,
                     )
+        for name in ACTIVATIONS if codec == "int4" else ():
+            other = dataclasses.replace(made, activation=name, up_bias=64, gate_bias=128)
+            found[f"vector {codec} {name}"] = compiled(
+                kernels.vector_kernel,
+                {
+                    **settings_of(other.up, other.gate, other, False),
+                    "BLOCK": VECTOR.rows,
+                    "GROUPS": 256 // made.up.group,
+                    # What a launch makes of numbers that are 1.
+                    "share": 1,
+                    "num_experts": 1,
+                },
+                "*bf16",
+                90,
+            )
+        down = settings_of(made.down, None, dataclasses.replace(made, down_bias=64), True)
+        for pairs in (16, 64):
+            found[f"down{pairs} {codec}"] = compiled(
+                kernels.block_kernel,
+                {**down, "BLOCK": 64, "PAIRS": pairs, "share": 1},
+                "*bf16",
+                90,
+                num_warps=8,
+            )
     found["combine"] = compiled(kernels.combine_kernel, {"BLOCK": 256}, "*bf16", 90)
     json.dump(found, sys.stdout)
 

@@ -60,6 +60,7 @@ class Dispatch:
     """
 
     def __init__(self, ids: Tensor, num_experts: int, blocks: Blocks | None = None) -> None:
+        ids = ids.long()
         self.experts = ids.reshape(-1)
         self.num_experts = num_experts
         few = len(ids) <= FEW_TOKENS
@@ -69,7 +70,7 @@ class Dispatch:
             # Choices that run nothing become an expert of their own, which no launch has.
             plan = dispatch_plan(ids.masked_fill(unknown, num_experts), num_experts + 1, self.pad)
             self.pair_of_row = plan.pair_of_row
-            firsts = torch.arange(0, len(plan.pair_of_row), self.pad, device=ids.device)
+            firsts = torch.arange(0, len(plan.pair_of_row), self.pad).to(plan.ends)
             self.expert_of_block = torch.searchsorted(plan.ends, firsts, right=True)
 
     @property

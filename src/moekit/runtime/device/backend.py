@@ -61,6 +61,8 @@ class DeviceBackend:
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
+        # They hold on to the cache's memory.
+        self._experts, self._placed = [], {}
 
     def costs(self) -> SplitCosts:
         """What experts cost on the device and on the processor; before the first call only."""

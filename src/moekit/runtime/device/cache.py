@@ -165,7 +165,7 @@ class DeviceCache:
         """Wait for the copies and give up all memory, that of `below` too. May be called twice."""
         self._copies.settle(wait=True)
         self._residency.clear()
-        self.memory = self.memory[:0]
+        self.memory = self.device.memory(0)
         self.below.close()
         if self.on_close is not None:
             self.on_close()

@@ -54,10 +54,11 @@ class Device(Protocol):
         """Bytes of the device's memory that nobody uses, and all."""
 
     def limit(self, nbytes: int) -> None:
-        """Let this process never hold more than `nbytes` in tensors; peaks count from now on."""
+        """Let this process never hold more than `nbytes` in tensors, beside what it held when the
+        device was opened; peaks count from now on."""
 
     def peak_bytes(self) -> int:
-        """The most bytes this process has held for tensors since `limit`."""
+        """The most bytes held for tensors since `limit`, in the same count."""
 
 
 class CudaMark:
@@ -80,6 +81,9 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
         self._copies = torch.cuda.Stream(torch_device)
+        torch.cuda.empty_cache()
+        # What this process holds for other things.
+        self._before = torch.cuda.memory_reserved(torch_device)
 
     def memory(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
@@ -122,12 +126,12 @@ class CudaDevice:
 
     def limit(self, nbytes: int) -> None:
         _, total = self.free_bytes()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
+        share = (nbytes + self._before) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.torch_device)
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self.torch_device)
+        return torch.cuda.max_memory_reserved(self.torch_device) - self._before
 
 
 def open_device(name: str) -> Device:
