@@ -74,6 +74,13 @@ def test_searches(moekit, tiny, text, tmp_path, method):
     assert state.exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_experts == 3
+    text.write_text(TEXT * 2)
+    again = moekit(
+        *("compress", "prune", tiny, "--plan-only", tmp_path / "p.json", "--method", method),
+        *("--experts", 3, "--data", text, "--seq-len", 32, "--state", state),
+    )
+    assert again.code == 2
+    assert "is of a search with text" in again.err
 
 
 def test_protected_experts(moekit, tiny, stats, text, tmp_path):

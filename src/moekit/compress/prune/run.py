@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ def prune_by_search(
     rooms = rooms_of(spec, request.keep, protect)
     known = {
         **(identity or {}),
+        "text": _digest(batches),
         "keep": [room.count for room in rooms],
         "protected": [sorted(room.protected) for room in rooms],
     }
@@ -176,6 +178,15 @@ def prune_weights(
     """Zero weights of all but protected experts; `directory` is where the plan finds the stats."""
     plan = mask_plan(spec, request.method.name, request.options, protect, directory)
     return Pruned(plan, request.method.load()(plan, stats, **request.options))
+
+
+def _digest(batches: Sequence[Batch | Tensor]) -> str:
+    """What tells one text from another: a hash of its tokens."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        ids = batch if isinstance(batch, Tensor) else batch.ids
+        digest.update(repr(ids.tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def without_stats(spec: MoESpec) -> ExpertStats:
