@@ -22,6 +22,7 @@ PAGES = [
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
 LONG = [
+    "docs/guides/condense.md",
     "docs/guides/profile.md",
     "docs/guides/analyze.md",
     "docs/guides/report.md",
