@@ -44,7 +44,7 @@ def logits_of(model):
         return model(torch.arange(20).view(1, -1)).logits
 
 
-METHODS = ["rtn", "gptq:reach=0.3", "awq:solver=gptq", "eaquant"]
+METHODS = ["rtn", "gptq:reach=0.3", "autoround:steps=5", "awq:solver=gptq", "eaquant"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +151,7 @@ def test_formats_of_others(moekit, refused, wide, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "quip"), "'quip' quantizes nothing; there are rtn, gptq, awq, eaquant"),
+        (("--method", "quip"), "'quip' quantizes nothing; there are rtn, gptq, autoround, awq"),
         (("--method", "gptq:dump=1"), "has no option 'dump'"),
         (("--method", "gptq:codec=int4"), "give --codec in place of"),
         (("--codec", "int44"), "no codec method is named 'int44'"),

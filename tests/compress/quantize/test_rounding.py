@@ -7,9 +7,13 @@ import torch
 
 from moekit.compress import apply_live, rewrite_of
 from moekit.compress.quantize import rounding
+from moekit.compress.quantize.block_inputs import BlockInputs
+from moekit.compress.quantize.layer_experts import middle_of, output_of
 from moekit.compress.quantize.planning import QuantizeRequest, plan_quantization
-from moekit.compress.quantize.rounding import Fallback, quantizer
+from moekit.compress.quantize.quantizers import quantizer
+from moekit.compress.quantize.rounding import Fallback
 from moekit.core.errors import UserError
+from moekit.core.new_experts import decode_expert
 from moekit.core.packed import CodecChoice
 from moekit.core.plan import Action, ExpertPlan
 from moekit.core.view import MoEView
@@ -214,7 +218,7 @@ def test_a_plan_that_was_saved_gives_the_same_values(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "quip"}, "--method quip is unknown; there are rtn, gptq, awq, eaquant"),
+        ({"method": "quip"}, "--method quip is unknown; there are rtn, gptq, autoround, awq"),
         ({"bits_average": 2.0}, "go together"),
         ({"allocation": "mc-moe"}, "go together"),
         ({"bits_average": 1.0, "allocation": "mc-moe"}, "gives 8 bits to the 8 experts"),
@@ -238,3 +242,43 @@ def test_what_no_stats_fit_is_refused():
     folded = ExpertPlan({0: {0: Action(group=0, weight=0.5), 1: Action(group=0, weight=0.5)}})
     with pytest.raises(UserError, match="Apply it first"):
         quantizer(folded, stats, solver="gptq")
+
+
+@pytest.mark.parametrize("codec", ["int3-zp", "int2-zp", "int4"])
+def test_learned_rounding_serves_the_sampled_tokens_better(codec, tmp_path):
+    model, spec, stats = profiled()
+    model.config.save_pretrained(tmp_path)
+    layer = MoEView(model)[1]
+    inputs = BlockInputs.of(stats, 1)
+    request = request_of("autoround", codec, steps=40)
+    plan = plan_quantization(request, spec, stats).plan
+    fitted = rewrite_of(plan, tmp_path, stats)
+    _, plain = planned(request_of("rtn", codec))
+    for e in (0, 5):
+        tokens, gates = inputs.of_expert(e)
+        hidden, original = inputs.hidden[tokens], layer.get_expert(e)
+
+        def output(expert, hidden=hidden, gates=gates):
+            with torch.no_grad():
+                return output_of(layer, expert, middle_of(layer, expert, hidden)) * gates[:, None]
+
+        errors = []
+        for rewrite in (plain, fitted):
+            made = rewrite.expert(layer.index, e, {e: 1.0}, layer.get_expert)
+            made = decode_expert(made, torch.float32)
+            errors.append(float((output(made) - output(original)).square().mean()))
+        assert errors[1] < 0.8 * errors[0]
+
+
+def test_without_steps_learned_rounding_is_to_nearest(tmp_path):
+    model, spec, stats = profiled()
+    model.config.save_pretrained(tmp_path)
+    layer = MoEView(model)[0]
+    plan = plan_quantization(request_of("autoround", "int3-zp", steps=0), spec, stats).plan
+    made = rewrite_of(plan, tmp_path, stats).expert(0, 4, {4: 1.0}, layer.get_expert)
+    codec = make_codec("int3-zp", 32)
+    for name, matrix in layer.get_expert(4).tensors().items():
+        found = codec.decode(made.matrices[name])
+        # A zero point at the middle of two may be rounded the other way.
+        same = (found == codec.decode(codec.encode(matrix))).float().mean()
+        assert same > 0.99, name

@@ -19,6 +19,7 @@ from moekit.compress.quantize.allocation import (
     budget_of,
     mc_costs,
 )
+from moekit.compress.quantize.autoround import STEPS
 from moekit.compress.quantize.awq import search_awq
 from moekit.compress.quantize.block_error import rounding_errors
 from moekit.compress.quantize.block_inputs import BlockInputs
@@ -37,7 +38,7 @@ from moekit.core.stats import ExpertStats
 from moekit.core.view import MoEView
 from moekit.ops.gptq import BLOCK, DAMP
 
-RTN, GPTQ, AWQ, EAQUANT = METHODS = ("rtn", "gptq", "awq", "eaquant")
+RTN, GPTQ, AUTOROUND, AWQ, EAQUANT = METHODS = ("rtn", "gptq", "autoround", "awq", "eaquant")
 UNIFORM, MC_MOE = ALLOCATIONS = ("uniform", "mc-moe")
 PROTECTED_BITS = 16
 # Tokens that a search runs through the experts, again and again.
@@ -67,12 +68,14 @@ class QuantizeRequest:
     block: int = BLOCK
     min_tokens: int = MIN_TOKENS
     fallback: str = POOLED
+    steps: int = STEPS
     protect: Mapping[int, Collection[int]] = field(default_factory=dict)
 
     @property
     def rounding(self) -> RoundingOptions:
         """The options of the rewrite."""
-        solver = self.solver or (GPTQ if self.method == GPTQ else NEAREST)
+        own = self.method if self.method in (GPTQ, AUTOROUND) else NEAREST
+        solver = self.solver or own
         return RoundingOptions(
             self.codec.name,
             self.codec.group_size,
@@ -83,6 +86,7 @@ class QuantizeRequest:
             self.block,
             self.min_tokens,
             self.fallback,
+            self.steps,
         )
 
     @property
@@ -93,14 +97,19 @@ class QuantizeRequest:
             found.append("default")
         if self.rounding.solver == GPTQ:
             found.append("full")
-        if self.method in (AWQ, EAQUANT) or self.allocation == MC_MOE or self.router_bits:
+        if self._searches or self.rounding.solver == AUTOROUND:
             found.append("inputs")
         return tuple(found)
 
     @property
     def needs_model(self) -> bool:
         """Whether the plan is made with the weights in memory."""
-        return bool(set(self.sets) - {"default", "full"})
+        return self._searches
+
+    @property
+    def _searches(self) -> bool:
+        scales = self.method in (AWQ, EAQUANT)
+        return scales or self.allocation == MC_MOE or self.router_bits is not None
 
     def check(self, spec: MoESpec) -> None:
         """Raise `UserError` for what cannot work, before anything is loaded."""
@@ -188,7 +197,12 @@ def plan_quantization(
 def _applies(option: str, request: QuantizeRequest) -> bool:
     if option == "solver":
         return request.method in (AWQ, EAQUANT)
-    return request.rounding.solver == GPTQ or option in ("codec", "group_size", "reach")
+    if option in ("codec", "group_size", "reach"):
+        return True
+    solver = request.rounding.solver
+    if option == "min_tokens":
+        return solver != NEAREST
+    return solver == (AUTOROUND if option == "steps" else GPTQ)
 
 
 class _Work:

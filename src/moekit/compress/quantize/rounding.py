@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.compress.quantize.autoround import autoround
+from moekit.compress.quantize.expert_moments import ExpertMoments, ExpertSamples
 from moekit.compress.quantize.expert_scaling import ChannelScales
 from moekit.core.codec_choice import codec_at
 from moekit.core.errors import UserError
+from moekit.core.expert_weights import ExpertWeights
 from moekit.core.packed import CodecChoice
 from moekit.core.plan import ExpertPlan
-from moekit.core.registry import Option, register_preset
 from moekit.core.rewrite import EncodedExpert, Read, Rewrite
 from moekit.core.stats import ExpertStats
 from moekit.ops.codecs import Codec, Encoded
+from moekit.ops.codecs.groups import GroupCodec
 from moekit.ops.codecs.plain import PlainCodec
 from moekit.ops.codecs.range_search import searched_encode
-from moekit.ops.gptq import BLOCK, DAMP, gptq_encode
+from moekit.ops.gptq import gptq_encode
 
-NEAREST, GPTQ = "nearest", "gptq"
-SOLVERS = (NEAREST, GPTQ)
+NEAREST, GPTQ, AUTOROUND = SOLVERS = ("nearest", "gptq", "autoround")
 POOLED = "pooled"
 FALLBACKS = (POOLED, NEAREST)
 MIN_TOKENS = 32
@@ -61,6 +63,7 @@ class RoundedExperts(Rewrite):
         plan: ExpertPlan,
         stats: ExpertStats | None,
         options: RoundingOptions,
+        model: Path | None = None,
     ) -> None:
         options.check()
         edits = [name for name in _MOVED if name in plan.uses()]
@@ -77,9 +80,16 @@ class RoundedExperts(Rewrite):
             "stats": None if stats is None else stats.digest(),
         }
         self._plan = plan
-        self._moments = None if stats is None else _Moments(stats)
+        self._moments = None if stats is None else ExpertMoments(stats)
         if options.solver == GPTQ and self._moments is None:
             raise UserError("gptq needs stats with the set full: give --stats or --data.")
+        self._sample = None
+        if options.solver == AUTOROUND:
+            if stats is None or model is None:
+                raise UserError(
+                    "autoround needs stats with the set inputs: give --stats or --data."
+                )
+            self._sample = ExpertSamples(stats, model)
         self.fallbacks = self._find_fallbacks()
         self._short = {(found.layer, found.expert) for found in self.fallbacks}
         self._made: dict[tuple[int, int], EncodedExpert] = {}
@@ -103,7 +113,7 @@ class RoundedExperts(Rewrite):
         """The expert and those after it that are computed along with it: of one codec, and all
         with moments of their own, as many as `BATCH_BYTES` allow."""
         found = [expert]
-        if self.options.solver == NEAREST or self._falls_back(layer, expert):
+        if self.options.solver != GPTQ or self._falls_back(layer, expert):
             return found
         assert self._moments is not None
         most = max(1, BATCH_BYTES // self._moments.bytes_per_expert(layer))
@@ -122,6 +132,8 @@ class RoundedExperts(Rewrite):
     def _batch(self, layer: int, experts: list[int], read: Read) -> dict[int, EncodedExpert]:
         """Some experts of one codec."""
         codec = self._codec(layer, experts[0]).make()
+        if self._sample is not None and isinstance(codec, GroupCodec):
+            return {e: self._learn(codec, layer, e, read(e)) for e in experts}
         scales = [self.scales(layer, e) for e in experts]
         originals = [read(e) for e in experts]
         scaled = [s.apply(x) for s, x in zip(scales, originals, strict=True)]
@@ -155,6 +167,25 @@ class RoundedExperts(Rewrite):
         held = self._plan.tensors.fit
         return ChannelScales(held.get(f"inputs.{layer}"), held.get(f"middle.{layer}.{expert}"))
 
+    def _learn(
+        self, codec: GroupCodec, layer: int, expert: int, original: ExpertWeights
+    ) -> EncodedExpert:
+        """One expert by AutoRound, rounded to nearest where it has too few tokens."""
+        assert self._sample is not None
+        scales = self.scales(layer, expert)
+        scaled = scales.apply(original)
+        steps = 0 if self._falls_back(layer, expert) else self.options.steps
+        place, hidden, gates = self._sample.of_expert(layer, expert)
+        if scales.inputs is not None:
+            hidden = hidden / scales.inputs
+        matrices = autoround(place, scaled, codec, hidden, gates, steps=steps)
+        vectors = {
+            name: part.to(getattr(original, name).dtype)
+            for name, part in scaled.tensors().items()
+            if name not in matrices
+        }
+        return EncodedExpert(codec, matrices, vectors)
+
     def _round(
         self, codec: Codec, weights: list[Tensor], hessians: list[Tensor | None]
     ) -> list[Encoded]:
@@ -179,7 +210,7 @@ class RoundedExperts(Rewrite):
         self, codec: Codec, layer: int, expert: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """The moments of an expert's input and middle; None for rounding to nearest."""
-        if self.options.solver == NEAREST or isinstance(codec, PlainCodec):
+        if self.options.solver != GPTQ or isinstance(codec, PlainCodec):
             return None, None
         assert self._moments is not None
         if not self._falls_back(layer, expert):
@@ -189,56 +220,17 @@ class RoundedExperts(Rewrite):
         return (self._moments.pooled_input(layer) if pooled else None), None
 
     def _find_fallbacks(self) -> list[Fallback]:
-        if self.options.solver == NEAREST or self._moments is None:
+        source = self._sample if self.options.solver == AUTOROUND else self._moments
+        if self.options.solver == NEAREST or source is None:
             return []
-        pooled = self.options.fallback == POOLED
+        pooled = self.options.fallback == POOLED and self.options.solver == GPTQ
         done = "gptq on the inputs of all experts" if pooled else "rounded to nearest"
         least = max(1, self.options.min_tokens)
         return [
             Fallback(layer, expert, tokens, done)
-            for layer, expert, tokens in self._moments.counts()
+            for layer, expert, tokens in source.counts()
             if tokens < least and not self._plan.action(layer, expert).drop
         ]
-
-
-class _Moments:
-    """The input moments of single experts, by decoder layer."""
-
-    def __init__(self, stats: ExpertStats) -> None:
-        self._stats = stats
-        self._position = {layer.index: at for at, layer in enumerate(stats.layers)}
-        self._pooled: tuple[int, Tensor] | None = None
-
-    def counts(self) -> list[tuple[int, int, int]]:
-        """(decoder layer, expert, tokens) of every expert."""
-        return [
-            (layer, expert, tokens)
-            for layer, at in self._position.items()
-            for expert, tokens in enumerate(self._stats.get(at, "moment_tokens").tolist())
-        ]
-
-    def num_experts(self, layer: int) -> int:
-        return self._stats.layers[self._position[layer]].num_experts
-
-    def bytes_per_expert(self, layer: int) -> int:
-        """Bytes of the two moments of an expert in float64, in which they are factorised."""
-        moments = (self.input(layer, 0), self.middle(layer, 0))
-        return sum(8 * moment.numel() for moment in moments)
-
-    def input(self, layer: int, expert: int) -> Tensor:
-        return self._stats.of_expert(self._position[layer], "input_second", expert)
-
-    def middle(self, layer: int, expert: int) -> Tensor:
-        return self._stats.of_expert(self._position[layer], "middle_second", expert)
-
-    def pooled_input(self, layer: int) -> Tensor:
-        """The moment of the layer's tokens, each counted once for each expert that it is in."""
-        if self._pooled is None or self._pooled[0] != layer:
-            total = self.input(layer, 0).clone()
-            for expert in range(1, self.num_experts(layer)):
-                total += self.input(layer, expert)
-            self._pooled = layer, total
-        return self._pooled[1]
 
 
 @dataclass(frozen=True)
@@ -254,6 +246,7 @@ class RoundingOptions:
     block: int
     min_tokens: int
     fallback: str
+    steps: int
 
     def check(self) -> None:
         """Raise `UserError` for values that mean nothing."""
@@ -270,37 +263,11 @@ class RoundingOptions:
         ):
             if not low <= number <= high:
                 raise UserError(f"--{name} {number:g} must lie between {low:g} and {high:g}.")
-        if self.block < 1 or self.min_tokens < 0:
-            raise UserError("--block must be at least 1 and --min-tokens at least 0.")
-
-
-def quantizer(
-    plan: ExpertPlan,
-    stats: ExpertStats | None,
-    *,
-    model: Path | None = None,
-    codec: str = "int4",
-    group_size: int = 32,
-    solver: str = NEAREST,
-    reach: float = 0.0,
-    damp: float = DAMP,
-    act_order: bool = True,
-    block: int = BLOCK,
-    min_tokens: int = MIN_TOKENS,
-    fallback: str = POOLED,
-) -> RoundedExperts:
-    """The rewrite that gives the experts of `plan` their rounded values.
-
-    `codec` and `group_size` hold an expert without bits of its own; the bits of the plan are of the
-    same kind. `solver` "gptq" needs `stats` with the set "full"; an expert with fewer than
-    `min_tokens` tokens falls back to the inputs of all experts ("pooled", its down projection is
-    rounded to nearest) or to rounding ("nearest"). `reach` is the largest share by which a range is
-    shrunk. `damp`, `act_order`, `block` are those of `ops.gptq.gptq`. Raises `UserError`.
-    """
-    options = RoundingOptions(
-        codec, group_size, solver, reach, damp, act_order, block, min_tokens, fallback
-    )
-    return RoundedExperts(plan, stats, options)
+        if self.block < 1 or self.min_tokens < 0 or self.steps < 0:
+            raise UserError("block must be at least 1, min_tokens and steps at least 0.")
+        made = CodecChoice(self.codec, self.group_size).make()
+        if self.solver == AUTOROUND and not isinstance(made, GroupCodec | PlainCodec):
+            raise UserError(f"autoround learns grids of integers; --codec {self.codec} has none.")
 
 
 def _rescaled(hessian: Tensor | None, scale: Tensor | None) -> Tensor | None:
@@ -317,59 +284,3 @@ def _rows(encoded: Encoded, start: int, stop: int) -> Encoded:
         for plane in encoded.planes
     )
     return Encoded((stop - start, encoded.shape[1]), planes)
-
-
-_OPTIONS = (
-    Option("codec", "str", "how the experts are encoded (`moekit list --kind codec`)", "int4"),
-    Option("group_size", "int", "columns that share a scale: 32, 64 or 128", 32),
-    Option("reach", "float", "largest share by which the range of a group is shrunk", 0.0),
-)
-_GPTQ_OPTIONS = (
-    Option("damp", "float", "share of the mean diagonal that is added to the Hessian", DAMP),
-    Option("act_order", "bool", "columns of the largest inputs first", True),
-    Option("block", "int", "columns that are changed at once", BLOCK),
-    Option("min_tokens", "int", "tokens below which an expert falls back", MIN_TOKENS),
-    Option("fallback", "str", "for such experts: pooled or nearest", POOLED),
-)
-_SOLVER = Option("solver", "str", "nearest or gptq", NEAREST)
-
-for _name, _title, _paper, _needs, _own, _settings in (
-    ("rtn", "Round to nearest", "", ("weights",), (), {}),
-    (
-        "gptq",
-        "Column by column, each error made good by the columns still to come",
-        "GPTQ 2210.17323, QMoE 2310.16795",
-        ("weights", "data"),
-        _GPTQ_OPTIONS,
-        {"solver": GPTQ},
-    ),
-    (
-        "awq",
-        "Channels scaled by a search over the block's output, then rounded",
-        "AWQ 2306.00978",
-        ("weights", "data"),
-        (_SOLVER, *_GPTQ_OPTIONS),
-        {},
-    ),
-    (
-        "eaquant",
-        "One smoothing scale for all experts and the router, then rounded",
-        "EAQuant 2506.13329",
-        ("weights", "data"),
-        (_SOLVER, *_GPTQ_OPTIONS),
-        {},
-    ),
-):
-    register_preset(
-        quantizer,
-        _name,
-        kind="quantizer",
-        title=_title,
-        paper=_paper,
-        needs=_needs,
-        limits="Rounds weights only, not the rotations and activations of the paper."
-        if _name == "eaquant"
-        else "",
-        options=(*_OPTIONS, *_own),
-        settings=_settings,
-    )

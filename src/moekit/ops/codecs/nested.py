@@ -79,8 +79,8 @@ for _bits in (3, 4, 5, 6):
         + ("plane" if _bits == 3 else "planes"),
         paper="D2MoE (2504.15299)",
         needs=("weights",),
-        limits="Rounds to nearest, without the paper's error feedback. Encoding decoded weights "
-        "again gives another base.",
+        limits="Encoding rounds to nearest; gptq has the paper's error feedback. Decoded weights "
+        "encoded again give another base.",
         options=(GROUP_OPTION,),
         settings={"bits": _bits},
     )
