@@ -46,6 +46,8 @@ Q4, Q4_READ, Q4_HEAD, Q8, F16 = (
     "llama.cpp f16",
 )
 TRANSFORMERS = "transformers bf16 grouped_mm"
+# Bytes that moekit is given for r2, where it would plan with what the machine has left.
+MEMORY = 18_500_000_000
 # moekit's error may be this many times that of transformers in bf16.
 TOLERANCE = 1.1
 
@@ -76,7 +78,7 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     steps: dict[str, tuple[str, Callable[[Path], Any]]]
     if shape == "r2":
         steps = {
-            INT4: ("int4", lambda out: write_packed(shape, out)),
+            INT4: ("int4", lambda out: write_packed(shape, out, resident_codec="int4")),
             Q4: ("q4_0.gguf", lambda out: write_gguf(shape, out, "q4_0")),
         }
     else:
@@ -97,11 +99,12 @@ def prepare(shape: str, work: Path) -> dict[str, Path]:
     return {name: work / file for name, (file, _) in steps.items()}
 
 
-def start(name: str, paths: dict[str, Path], peer: str) -> Worker:
+def start(name: str, paths: dict[str, Path], peer: str, memory: int | None = None) -> Worker:
     if name == TRANSFORMERS:
         return Worker("worker_transformers.py", str(paths[name]))
     if name == INT4:
-        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4")
+        limit = () if memory is None else ("--memory", str(memory))
+        return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4", *limit)
     if name == BF16:
         return Worker("worker_moekit.py", str(paths[name]))
     mmap = () if name == Q4_READ else ("--mmap",)
@@ -151,7 +154,7 @@ def one_by_one(
     """For programs that do not fit into memory together: each opened some times, in turns."""
     found: dict[str, Any] = {name: {"rounds": []} for name in names}
     for name in names * openings:
-        with start(name, paths, peer) as worker:
+        with start(name, paths, peer, MEMORY) as worker:
             worker.call("prefill", ids=tokens(0, 512, shape))
             # llama.cpp has read everything by now; moekit reads an expert when it is first used.
             if name == INT4 and not worker.call("fill"):
@@ -160,6 +163,8 @@ def one_by_one(
                 found[name]["rounds"].append(turn(worker, *texts(shape)(number)))
             found[name]["opening_seconds"] = worker.opening
             found[name]["memory"] = worker.call("memory")
+        if name == INT4 and found[name]["memory"]["VmHWM"] > MEMORY:
+            sys.exit(f"moekit was given {MEMORY} bytes and held {found[name]['memory']}")
     return found
 
 
