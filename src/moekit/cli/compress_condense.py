@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,14 @@ if TYPE_CHECKING:
     from moekit.core.spec import MoESpec
     from moekit.core.stats import ExpertStats
 
+
+class Scope(StrEnum):
+    """Whether every layer keeps as many experts, or the important ones of all layers stay."""
+
+    layer = "layer"
+    global_ = "global"
+
+
 NAMED = "NAME[:OPTION=VALUE,...]"
 
 
@@ -106,6 +115,12 @@ def condense(
     ratio: RatioOption = None,
     experts: ExpertsOption = None,
     size: SizeOption = None,
+    scope: Annotated[
+        Scope,
+        typer.Option(
+            help="layer: as many stay in each. global: one threshold of importance over all layers."
+        ),
+    ] = Scope.layer,
     protect: Annotated[
         list[str] | None,
         typer.Option(metavar="LAYER:EXPERT", help="An expert that stays alone; repeatable."),
@@ -183,6 +198,7 @@ def condense(
         settings = {
             "method": method,
             **recipe.to_dict(),
+            "scope": scope.value,
             "keep": {str(layer): count for layer, count in keep.items()},
             "protect": protect,
             **calibration.to_dict(),
@@ -200,6 +216,10 @@ def condense(
                 f"router rows of a group are averaged: --to {to.value} would hold a copy of the "
                 "merged expert for each row (--router alias, or --to packed, which shares it)"
             )
+        if scope is Scope.global_:
+            from moekit.compress.condense.condense import spread_over_layers
+
+            keep = spread_over_layers(spec, collected, keep, recipe.importance, protected)
         plan, rewrite = _decide(
             destination.source, spec, collected, keep, recipe, seed, protected, stats_path
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from moekit.compress.condense.condense import Recipe, condense_plan
+from moekit.compress.condense.condense import Recipe, condense_plan, spread_over_layers
 from moekit.compress.condense.methods import METHODS, recipe_of
 from moekit.compress.condense.model_experts import ModelExperts, experts_of
 from moekit.compress.fitted import rewrite_of
@@ -189,6 +189,15 @@ def test_dern_with_dropped_copies_keeps_the_function(twins: Case) -> None:
             before = twins.view[0].run_expert(gone, hidden)
             assert torch.allclose(now, before, atol=1e-3, rtol=1e-3)
     assert loss.isfinite()
+
+
+def test_one_threshold_over_the_layers(case: Case) -> None:
+    """The 8 largest shares of load stay, wherever they are."""
+    keep = spread_over_layers(case.spec, case.stats, {0: 4, 1: 4}, "frequency")
+    loads = [case.stats.counts(p).double() for p in (0, 1)]
+    shares = [load / load.sum() for load in loads]
+    least = torch.cat(shares).sort(descending=True).values[7]
+    assert keep == {p: int((share >= least).sum()) for p, share in enumerate(shares)}
 
 
 def test_protected_experts_stay_alone(case: Case) -> None:

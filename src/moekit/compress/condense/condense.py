@@ -17,7 +17,10 @@ from moekit.compress.condense.context import Groups, LayerContext
 from moekit.compress.condense.features import FEATURES
 from moekit.compress.condense.fusers import GroupFuser
 from moekit.compress.condense.model_experts import ModelExperts
+from moekit.compress.prune.planning import rooms_of
+from moekit.compress.prune.select import spread
 from moekit.compress.quantize.layer_experts import middle_of
+from moekit.compress.request import least_experts
 from moekit.core.errors import UserError
 from moekit.core.neurons import neuron_rows
 from moekit.core.plan import Action, ExpertPlan, Fingerprint, Fit
@@ -139,6 +142,22 @@ def condense_plan(
         PlanTensors(neurons=neurons),
         fit,
     )
+
+
+def spread_over_layers(
+    spec: MoESpec,
+    stats: ExpertStats,
+    keep: Mapping[int, int],
+    importance: str,
+    protect: Mapping[int, Collection[int]] | None = None,
+) -> dict[int, int]:
+    """`keep` with its total spread over the layers by one threshold on importance (M-SMoE).
+
+    No layer goes below what its router needs. Raises `UserError` where that is too much.
+    """
+    rooms = rooms_of(spec, keep, protect)
+    least = [least_experts(layer) for layer in spec.per_layer]
+    return {room.layer: room.count for room in spread(rooms, _scores(importance, stats), least)}
 
 
 def anyhow(spec: MoESpec, keep: Mapping[int, int], router: str) -> ExpertPlan:
