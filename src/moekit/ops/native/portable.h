@@ -12,34 +12,49 @@ constexpr int STRIP = 16;
 // Four bytes of codes of each row of a strip, from the one at `byte` on, in the lowest bits of words;
 // `codes` are those of a group and tile, `bytes` a row.
 inline void load_codes(const uint8_t* codes, int byte, int bytes, int strip, uint32_t* words) {
-    const int width = bytes - byte < 4 ? bytes - byte : 4;
     const uint8_t* at = codes + int64_t{byte} * TILE_ROWS;
-    for (int r = 0; r < STRIP; ++r) words[r] = 0;
-    for (int done = 0, step = width; done < width; done += step, at += step * TILE_ROWS) {
-        step = width - done == 3 ? 2 : width - done;
-        for (int r = 0; r < STRIP; ++r)
-            for (int i = 0; i < step; ++i)
-                words[r] |= static_cast<uint32_t>(at[(strip + r) * step + i]) << 8 * (done + i);
+    const int left = bytes - byte;
+    if (left >= 4) {
+        memcpy(words, at + strip * 4, sizeof *words * STRIP);
+        return;
+    }
+    const uint8_t* last = at + (left & 2) * TILE_ROWS;
+    for (int r = 0; r < STRIP; ++r) {
+        const uint8_t* two = at + (strip + r) * 2;
+        words[r] = left & 2 ? two[0] | static_cast<uint32_t>(two[1]) << 8 : 0;
+        if (left & 1) words[r] |= static_cast<uint32_t>(last[strip + r]) << 8 * (left - 1);
     }
 }
 
-// Adds one field's part of a group to the totals [n, 16] of a strip. Values of codes lie on a line,
-// so codes are multiplied as they are and the line's offset goes to the sum of the activations; only
-// those in base three are looked up.
+// What one code of each row is worth: its number, which lies on a line with its value, but of codes
+// in base three the value itself. `low` are those of a byte of the words, `high` those two after it.
+template <bool IS_TRITS>
+inline void read_codes(const Field& field, const float* of_trit, const uint32_t* words, int half,
+                       int place, uint32_t power, float* low, float* high) {
+    const uint32_t mask = field.width == 8 ? 15 : (1u << field.width) - 1;
+    const int shift = half + (IS_TRITS ? 0 : place * field.width + field.shift);
+    for (int r = 0; r < STRIP; ++r) {
+        const uint32_t a = words[r] >> shift, b = words[r] >> (shift + 16);
+        if (IS_TRITS) {
+            low[r] = of_trit[(a & 0xff) / power % 3];
+            high[r] = of_trit[(b & 0xff) / power % 3];
+        } else {
+            low[r] = static_cast<float>(static_cast<int32_t>(a & mask));
+            high[r] = static_cast<float>(static_cast<int32_t>(b & mask));
+        }
+    }
+}
+
+// Adds one field's part of a group to the totals [n, 16] of a strip. The offset of the line that
+// values lie on goes to the sum of the activations.
+template <bool IS_TRITS>
 inline void field_of_group(const Field& field, int group, const uint8_t* codes, int strip,
                            const uint32_t* pairs, const float* sums, int n, const float* scale,
                            const uint8_t* zero, float (*totals)[STRIP]) {
-    const bool trits = field.width == TRITS;
-    const float least = from_bfloat16(field.lut[0]), next = from_bfloat16(field.lut[1]);
-    const float start = trits ? 0.0f : least, step = trits ? 1.0f : next - least;
-    const float of_trit[3] = {least, next, from_bfloat16(field.lut[2])};
-    const uint32_t mask = field.width == 8 ? 15 : (1u << field.width) - 1;
+    const float values[3] = {from_bfloat16(field.lut[0]), from_bfloat16(field.lut[1]),
+                             from_bfloat16(field.lut[2])};
+    const float start = IS_TRITS ? 0.0f : values[0], step = IS_TRITS ? 1.0f : values[1] - start;
     const int bytes = code_bytes(group, field.width), places = codes_in_byte(field.width);
-    const auto value = [&](uint32_t byte, int place, uint32_t power) {
-        if (trits) return of_trit[byte / power % 3];
-        const uint32_t code = byte >> (place * field.width + field.shift) & mask;
-        return static_cast<float>(static_cast<int32_t>(code));
-    };
     float part[GROUP_TOKENS][STRIP] = {};
     for (int byte = 0; byte < bytes; byte += 4) {
         uint32_t words[STRIP];
@@ -48,10 +63,7 @@ inline void field_of_group(const Field& field, int group, const uint8_t* codes, 
             uint32_t power = 1;
             for (int place = 0; place < places; ++place, power *= 3, pairs += n) {
                 float low[STRIP], high[STRIP];
-                for (int r = 0; r < STRIP; ++r) {
-                    low[r] = value(words[r] >> half & 0xff, place, power);
-                    high[r] = value(words[r] >> (half + 16) & 0xff, place, power);
-                }
+                read_codes<IS_TRITS>(field, values, words, half, place, power, low, high);
                 for (int t = 0; t < n; ++t) {
                     const float a = from_bfloat16(static_cast<uint16_t>(pairs[t]));
                     const float b = from_bfloat16(static_cast<uint16_t>(pairs[t] >> 16));
@@ -86,11 +98,12 @@ inline void multiply_groups(const Format& format, const uint8_t* base, Rows rows
                 const uint8_t* codes =
                     base + field.codes + (at * field.stride + field.first) * TILE_ROWS;
                 const uint8_t* pairs = x + block.pairs(block.streams.find(field.width), g);
-                field_of_group(field, format.group, codes, strip,
-                               reinterpret_cast<const uint32_t*>(pairs), sums + int64_t{g} * n, n,
-                               scale,
-                               field.zero < 0 ? nullptr : base + field.zero + at * TILE_ROWS + strip,
-                               totals);
+                const uint8_t* zero =
+                    field.zero < 0 ? nullptr : base + field.zero + at * TILE_ROWS + strip;
+                const auto add =
+                    field.width == TRITS ? field_of_group<true> : field_of_group<false>;
+                add(field, format.group, codes, strip, reinterpret_cast<const uint32_t*>(pairs),
+                    sums + int64_t{g} * n, n, scale, zero, totals);
             }
         }
         const int left = rows.count - r;
