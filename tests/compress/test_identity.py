@@ -40,7 +40,10 @@ def test_nothing_is_asked(tmp_path, family):
     assert same(tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("family", FAST)
+COMPUTED = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "longcat_flash", "dbrx", "jetmoe")
+
+
+@pytest.mark.parametrize("family", COMPUTED)
 def test_computed_experts_that_are_their_originals(tmp_path, family):
     """Groups of one, full width and full rank go through the whole way of new experts."""
     model = build_tiny(family)

@@ -53,7 +53,12 @@ def mixed_plan(spec, router):
     return ExpertPlan(layers, routers=routers, tensors=PlanTensors(neurons))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = {"qwen3_moe", "granitemoe", "olmoe", "glm4_moe", "afmoe", "inkling"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES]
+)
 def test_live_equals_written(tmp_path, family):
     source = build_tiny(family, config=with_num_experts(TINY[family](), 16))
     path = saved(source, tmp_path / "model")

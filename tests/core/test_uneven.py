@@ -20,8 +20,13 @@ from moekit.runtime.unpack import load_packed
 from tests.core.test_convert import logits, saved
 from tests.families.tiny import TINY, build_tiny, tiny_inputs
 
+
+def slow(family):
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
 # Correction bias, correction bias and groups, bias in the logits, softmax normalised afterwards.
-BARRED = ("lfm2_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "glm4_moe")
+BARRED = ("lfm2_moe", "deepseek_v3", "gpt_oss", slow("ernie4_5_moe"), slow("glm4_moe"))
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,7 @@ def test_dead_experts_are_never_chosen(tmp_path, family):
     assert (live - logits(source, inputs)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "longcat_flash", "phimoe"])
+@pytest.mark.parametrize("family", ["mixtral", slow("qwen3_moe"), "longcat_flash", slow("phimoe")])
 def test_routers_without_a_bias_hold_different_numbers_packed_only(tmp_path, family):
     source = large(family)
     path = saved(source, tmp_path / "model")
@@ -83,7 +88,7 @@ def assert_packed_equals_live(path, source, plan, family):
     assert torch.allclose(logits(loaded.model, inputs), live, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "nemotron_h", "llama4"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", slow("nemotron_h"), slow("llama4")])
 def test_packed_holds_the_real_numbers(tmp_path, family):
     source = large(family)
     path = saved(source, tmp_path / "model")
