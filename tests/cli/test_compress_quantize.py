@@ -44,7 +44,11 @@ def logits_of(model):
         return model(torch.arange(20).view(1, -1)).logits
 
 
-METHODS = ["rtn", "gptq:reach=0.3", "autoround:steps=5", "awq:solver=gptq", "eaquant"]
+METHODS = [
+    "gptq:reach=0.3",
+    "awq:solver=gptq",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("rtn", "autoround:steps=5", "eaquant")),
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
