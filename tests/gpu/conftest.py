@@ -1,5 +1,6 @@
 """All tests here need a CUDA device; without one they are skipped."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def whole_gpu():
     """Every test begins and ends with the whole GPU for torch."""
     yield
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

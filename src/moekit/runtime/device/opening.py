@@ -39,8 +39,9 @@ from moekit.runtime.schedule.split import SplitCosts
 if TYPE_CHECKING:
     from moekit.runtime.open_packed import _Opening
 
-# Memory of a GPU that torch does not count: CUDA's context, loaded kernels, workspaces.
-CONTEXT_BYTES = 640 * 2**20
+# Memory of a GPU beside what is counted: CUDA's context and loaded kernels, and of it what torch
+# allocates for workspaces of products and by rounding up.
+CONTEXT_BYTES, WORKSPACE_BYTES = 640 * 2**20, 128 * 2**20
 AUTO, PREDICTOR = "auto", "next-gate"
 # Those that divide a layer between the device and the processor; the first leaves it all there.
 SCHEDULERS = ("on-demand", "hybrimoe", "fiddler", "static-split")
@@ -95,7 +96,7 @@ class DeviceOpening:
         kv_cache = opening.streams * runner.cache_size.nbytes(opening.context)
         scratch = runner.scratch_bytes(opening.context, opening.streams, 0) + self._middle(runner)
         above = self._gpu_budget(_held_bytes(model), kv_cache, scratch)
-        device.limit(above.limit - CONTEXT_BYTES)
+        device.limit(above.limit - CONTEXT_BYTES + WORKSPACE_BYTES)
         below = self._budget(loading, above)
         cache = stack.enter_context(self._cache(above, below))
         backend = DeviceBackend(model, cache, splits=self._splits)
