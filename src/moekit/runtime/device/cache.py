@@ -50,7 +50,7 @@ class DeviceStats(CacheStats):
 class DeviceCache:
     """Keeps experts in `nbytes` bytes of a device's memory; the others come from `below`.
 
-    `policy`, `per_layer` and `profile` are as for `ExpertCache`; `scheduler` may give experts to
+    `policy` and `per_layer` are as for `ExpertCache`; `scheduler` may give experts to
     the processor, which computes them from RAM. `table` [L, E] is not 0 where the device holds an
     expert. Owns `below`. Raises UserError where the memory holds no expert.
     """
