@@ -62,7 +62,9 @@ def test_statistics_on_the_fly_are_those_of_profile(moekit, tiny, stats, text, t
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("method", ["naee", "eep:initial=2,pruning=3,total=4", "naee:how=descent"])
+@pytest.mark.parametrize(
+    "method", ["naee", "eep:start=reap,initial=2,pruning=3,total=4", "naee:how=descent"]
+)
 def test_searches(moekit, tiny, text, tmp_path, method):
     state = tmp_path / "state.json"
     done = moekit(
@@ -206,6 +208,7 @@ def test_refusals_come_before_the_model_is_touched(refused, tiny, text, tmp_path
         ((*half, "--method", "reap:x=1"), "reap has no option 'x'; there are none"),
         ((*half, "--method", "naee:max_evaluations=few"), "max_evaluations is int, not 'few'"),
         ((*half, "--method", "naee:how=quick"), "how is one of exact, descent, not quick"),
+        ((*half, "--method", "eep:start=reep"), "did you mean reap"),
         ((*half, "--method", "naee", "--scope", "global"), "naee is no score"),
         ((*half, "--protect", "0:9"), "expert 9 cannot be protected"),
         ((*half, "--protect", "nothing"), "neither super, nor a file"),

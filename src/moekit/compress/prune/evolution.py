@@ -63,6 +63,7 @@ class Evolved:
         "initial": "random subsets to begin with",
         "pruning": "individuals after which subsets are done and mixing begins",
         "total": "individuals in all; equal to pruning for subsets only",
+        "start": "keep sets to begin with; on the command line the name of a score",
         "max_seconds": "time for all of them",
         "seed": "seed of all choices",
     },

@@ -15,6 +15,7 @@ from moekit.compress.prune.evolution import eep, loss_points
 from moekit.compress.prune.genome import MixedExperts, genome_plan
 from moekit.compress.prune.naee import naee
 from moekit.compress.prune.planning import Protect, Scope, plan_of, prune, rooms_of
+from moekit.compress.prune.saliency import score
 from moekit.compress.prune.weight_masks import mask_plan
 from moekit.core.collect import Batch
 from moekit.core.errors import UserError
@@ -25,6 +26,7 @@ from moekit.core.rewrite import Rewrite
 from moekit.core.spec import MoESpec
 from moekit.core.stats import ExpertStats, StatsLayer
 from moekit.core.view import MoEView
+from moekit.profile import profile
 
 KINDS = ("saliency", "search", "sparsifier")
 LITERAL = re.compile(r"[\"']([^\"']*)[\"']")
@@ -105,6 +107,8 @@ def method_of(text: str, seed: int) -> tuple[Method, dict[str, Any]]:
             raise UserError(f"--method {name}: {key} is one of {', '.join(choices)}, not {value}")
         if not isinstance(value, PLAIN_TYPES.get(wanted, object)):  # type: ignore[arg-type]
             raise UserError(f"--method {name}: {key} is {wanted}, not {value!r}")
+    if found.kind == "search" and "start" in options:
+        registry.find(str(options["start"]), kind="saliency")
     if "seed" in known_options:
         options.setdefault("seed", seed)
     return found, options
@@ -157,7 +161,12 @@ def prune_by_search(
             "within the budget": found.complete,
         }
         return Pruned(plan, numbers=numbers)
-    evolved = eep(rooms, loss_points(view, rooms, batches), **common, **request.options)
+    options = dict(request.options)
+    if "start" in options:
+        first = score(profile(view, batches), options["start"])
+        keep = [room.best(layer) for room, layer in zip(rooms, first, strict=True)]
+        options["start"] = [keep]
+    evolved = eep(rooms, loss_points(view, rooms, batches), **common, **options)
     plan = genome_plan(spec, rooms, evolved.best)
     numbers = {
         "nats a token, first": -evolved.history[0] / 100,
