@@ -122,7 +122,7 @@ def _values_by_rule(layer: MoELayer, hidden: Tensor) -> Tensor:
     routing = layer.route(hidden.to(layer.dtype))
     assert routing.logits is not None
     logits = routing.logits.float()[:, : layer.num_experts]
-    chosen = torch.zeros(len(logits), layer.num_experts + 1, dtype=torch.bool)
+    chosen = torch.zeros(len(logits), layer.num_experts + 1, dtype=torch.bool, device=logits.device)
     real = (routing.ids >= 0) & (routing.ids < layer.num_experts)
     chosen.scatter_(1, torch.where(real, routing.ids, layer.num_experts), True)
     chosen = chosen[:, :-1]
