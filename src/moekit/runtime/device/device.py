@@ -76,7 +76,7 @@ class CudaMark:
 
 
 class CudaDevice:
-    """A GPU that torch calls cuda, NVIDIA's or AMD's."""
+    """A GPU that torch calls cuda."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
