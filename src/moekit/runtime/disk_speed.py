@@ -28,10 +28,10 @@ class DiskSpeed:
     latency: float = 0.0
 
 
-def disk_speed(store: ExpertStore, seconds: float = SECONDS) -> DiskSpeed:
+def disk_speed(store: ExpertStore, seconds: float = SECONDS, *, nbytes: int = BYTES) -> DiskSpeed:
     """Read experts of `store` in random order as an expert cache does, for about `seconds`: into
     slots, whose large pages make a read up to twice as fast, by as many threads, checksums
-    verified, one expert and several in turn.
+    verified, one expert and several in turn. Holds `nbytes` bytes meanwhile, or one expert.
 
     Raises StoreError where one cannot be read.
     """
@@ -42,12 +42,12 @@ def disk_speed(store: ExpertStore, seconds: float = SECONDS) -> DiskSpeed:
     ]
     random.Random(0).shuffle(order)
     size = max(store.nbytes(layer, expert) for layer, expert in order)
-    count = max(2, min(TOGETHER, len(order), BYTES // size))
+    count = max(1, min(TOGETHER, len(order), nbytes // size))
     memory = SlotMemory(count * size, {size: count})
     taken = [memory.take(size) for _ in range(count)]
     # The first write to a page takes longer.
     slots = [slot.view().zero_() for slot in taken if slot is not None]
-    nbytes = statistics.mean(store.nbytes(layer, expert) for layer, expert in order)
+    mean = statistics.mean(store.nbytes(layer, expert) for layer, expert in order)
     one: list[float] = []
     several: list[float] = []
     start, done = time.perf_counter(), 0
@@ -60,8 +60,10 @@ def disk_speed(store: ExpertStore, seconds: float = SECONDS) -> DiskSpeed:
                 list(readers.map(lambda slot, which: store.fetch(slot, *which), slots, part))
                 times.append(time.perf_counter() - began)
     together, alone = statistics.median(several), statistics.median(one)
+    if count == 1:
+        return DiskSpeed(mean / alone)
     each = max(together - alone, together / count / 2) / (count - 1)
-    return DiskSpeed(nbytes / each, max(0.0, alone - each))
+    return DiskSpeed(mean / each, max(0.0, alone - each))
 
 
 def file_speed(path: Path, seconds: float = SECONDS) -> DiskSpeed:

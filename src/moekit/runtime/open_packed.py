@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from transformers import GenerationConfig, PretrainedConfig
 
 from moekit.core.architecture import read_config
@@ -29,7 +29,7 @@ from moekit.runtime.claim import Claim
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.device.device import open_device
-from moekit.runtime.disk_speed import disk_speed
+from moekit.runtime.disk_speed import BYTES, disk_speed
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
 from moekit.runtime.expert_cache import ExpertCache, online_policy, record_sizes
@@ -121,6 +121,8 @@ def _open(directory: Path, request: Request, notes: list[str]) -> Engine:
             opening.native if opening.takes_native() else opening.graph
         )
         runner, budget, cache = make(stack)
+        if opening.ranks is not None:
+            cache.preload(opening.ranks)
         engine = Engine(
             runner,
             spec=spec,
@@ -175,6 +177,7 @@ class _Opening:
         self.sizes = record_sizes(store)
         self.notes = notes
         self.low_bit: ExpertCache | None = None
+        self.ranks: NDArray[np.float64] | None = None
         self.trace = None
         if request.trace is not None:
             self.trace = open_trace(request.trace, [x.num_experts for x in store.layers])
@@ -237,8 +240,7 @@ class _Opening:
                 profile=ranks,
             )
         )
-        if ranks is not None:
-            made.preload(ranks)
+        self.ranks = ranks
         return made
 
     def takes_native(self) -> bool:
@@ -343,7 +345,8 @@ class _Opening:
 
     def _prefetching(self, cache: ExpertCache, gates: list[Gate] | None) -> list[Prefetching]:
         asked = self.request.predictor
-        bandwidth = disk_speed(self.store).bandwidth
+        # Within the memory of the cache, which is empty.
+        bandwidth = disk_speed(self.store, nbytes=min(BYTES, cache.nbytes)).bandwidth
         if asked == AUTO:
             if gates is None:
                 return []
