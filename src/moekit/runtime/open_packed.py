@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,29 +29,27 @@ from moekit.runtime.claim import Claim
 from moekit.runtime.context import context_length
 from moekit.runtime.decoder_shape import supports
 from moekit.runtime.device.device import open_device
-from moekit.runtime.disk_speed import BYTES, disk_speed
 from moekit.runtime.engine import Engine
 from moekit.runtime.expert_backend import ExpertBackend
 from moekit.runtime.expert_cache import ExpertCache, online_policy, record_sizes
 from moekit.runtime.graph_runner import GraphRunner
 from moekit.runtime.known_routing import open_trace, usage
 from moekit.runtime.low_bit import LowBitExperts
-from moekit.runtime.native_runner import NativeRunner, Routed
-from moekit.runtime.predict.files import make_predictor
+from moekit.runtime.native_runner import NativeRunner
 from moekit.runtime.predict.gates import Gate, gates_of
 from moekit.runtime.predict.predictor import Predictor
-from moekit.runtime.prefetch import Filling, Prefetching, new_prefetcher, pays
+from moekit.runtime.prefetch import Filling, Prefetching
 from moekit.runtime.recent_scores import RecentScores
 from moekit.runtime.resident import resident_model
 from moekit.runtime.runner import Runner
 from moekit.runtime.schedule.fallback import PlaneFallback
 from moekit.runtime.schedule.sharing import SharedExperts
 from moekit.runtime.store import ExpertStore
+from moekit.runtime.watchers import AUTO, in_turn, native_gates, watchers
 
 if TYPE_CHECKING:
     from moekit.runtime.device.opening import DeviceOpening
 
-AUTO, PREDICTOR = "auto", "next-gate"
 # The end of the name of what may stay on disk.
 EMBEDDING = "embed_tokens.weight"
 
@@ -302,9 +300,9 @@ class _Opening:
         cache = self._cache(budget, stack)
         runner.experts = cache
         self._make_lossy(runner, budget, stack)
-        watchers = self._watchers(cache, budget, lambda: _native_gates(runner, self.spec))
-        if watchers:
-            runner.observer = _all_of([watcher.routed for watcher in watchers])
+        told = self._watchers(cache, budget, lambda: native_gates(runner, self.spec))
+        if told:
+            runner.observer = in_turn([watcher.routed for watcher in told])
         elif budget.complete and self.request.prefetch:
             # Whole steps in one call need every expert in memory, also those never chosen.
             runner.observer = Filling(cache, lambda: setattr(runner, "observer", None)).routed
@@ -325,50 +323,13 @@ class _Opening:
                 f"{rule.planes} bit plane(s): lossy"
             )
 
-    # -- what watches the routers --
-
     def _watchers(
         self, cache: ExpertCache, budget: Budget, gates: Callable[[], list[Gate]]
     ) -> list[RecentScores | Prefetching]:
         if budget.complete:
             return []
-        found: list[Gate] | None = None
-        # Some routers cannot be asked; then uses count in place of scores.
-        with suppress(UserError):
-            found = gates()
-        made: list[RecentScores | Prefetching] = []
-        if cache.score.near and found is not None:
-            made.append(RecentScores(cache, found))
-        if self.request.prefetch:
-            made += self._prefetching(cache, found)
-        return made
-
-    def _prefetching(self, cache: ExpertCache, gates: list[Gate] | None) -> list[Prefetching]:
-        asked = self.request.predictor
-        # Within the memory of the cache, which is empty.
-        bandwidth = disk_speed(self.store, nbytes=min(BYTES, cache.nbytes)).bandwidth
-        if asked == AUTO:
-            if gates is None:
-                return []
-            if not pays(self.sizes, bandwidth):
-                self.notes.append("nothing is read ahead: predicting takes as long as a read")
-                return []
-            asked = PREDICTOR
-        traces = None if self.trace is None else [self.trace]
-        predictor = (
-            make_predictor(asked, gates=gates, traces=traces) if isinstance(asked, str) else asked
-        )
-        spec = self.spec
-        made = new_prefetcher(predictor, cache, spec.num_experts, spec.top_k, bandwidth)
-        return [Prefetching(cache, made)]
-
-
-def _all_of(observers: list[Callable[[Routed], None]]) -> Callable[[Routed], None]:
-    def routed(now: Routed) -> None:
-        for observer in observers:
-            observer(now)
-
-    return observers[0] if len(observers) == 1 else routed
+        predictor = self.request.predictor if self.request.prefetch else None
+        return watchers(cache, self.spec, gates, predictor, self.trace, self.notes.append)
 
 
 class _NoExperts:
@@ -381,13 +342,6 @@ class _NoExperts:
         self, layer: int, experts: ArrayLike, *, tokens: int = 1, counts: ArrayLike | None = None
     ) -> Claim:
         raise ValueError("a step before the expert cache is there")
-
-
-def _native_gates(runner: NativeRunner, spec: MoESpec) -> list[Gate]:
-    def values(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda hidden: torch.from_numpy(runner.router_scores(layer, hidden.numpy()))
-
-    return [Gate(values(layer), described.top_k) for layer, described in enumerate(spec.per_layer)]
 
 
 def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig:
