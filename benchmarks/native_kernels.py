@@ -5,6 +5,7 @@
 Decode is one token through 8 experts, prefill 128 tokens through the experts of a layer; weights
 are taken in turn from more memory than the last-level cache holds. Beside each decode stands the
 speed at which the same memory was merely read, just before, and beside the codecs torch in bf16.
+Every vector instruction set that the machine has is measured on the same weights.
 A codec whose products differ from decoding and multiplying stops the run before anything is timed.
 Writes `benchmarks/results/native_kernels.json`.
 """
@@ -15,7 +16,9 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +31,18 @@ from torch.nn import functional as F
 from moekit.core.record import start_record
 from moekit.ops import native
 from moekit.ops.codecs import Codec, make_codec
+from moekit.ops.native.build import cached_library
 from moekit.ops.native.formats import expert_format, in_memory
 from moekit.ops.native.structures import Format
 
 RESULT = Path(__file__).parent / "results" / "native_kernels.json"
 # (D, F, K, experts a layer): R1 has 1.3 billion parameters, R2 is the shape of Qwen3-30B-A3B.
 SHAPES = {"R1": (1024, 512, 8, 64), "R2": (2048, 768, 8, 128)}
-CODECS = ("int4", "int4:128", "int8", "int3", "int2", "nested4", "bf16", "fp16")
+CODECS = ("int4", "int4:128", "int8", "int3", "int2", "ternary", "ternary:128", "nested4")
+FLOATS = ("bf16", "fp16")
+ISAS = ("avx512", "avx2")
 PREFILL = 128
+CLOCK = time.perf_counter
 # Several times the last-level cache of any machine this is likely to run on.
 ROTATED_BYTES = 2**28
 
@@ -113,19 +120,20 @@ class Experts:
 
 
 def seconds_of(work: Callable[[int], None], rounds: int) -> float:
-    """The median of the seconds that work(0), work(1), ... take."""
+    """The median of the seconds that work(0), work(1), ... take, by CLOCK."""
     work(0)
     taken = []
     for i in range(1, rounds + 1):
-        start = time.perf_counter()
+        start = CLOCK()
         work(i)
-        taken.append(time.perf_counter() - start)
+        taken.append(CLOCK() - start)
     return statistics.median(taken)
 
 
-def measure(pool: native.Pool, codec: str, shape: tuple[int, int, int, int]) -> dict[str, float]:
+def measure(
+    pool: native.Pool, experts: Experts, shape: tuple[int, int, int, int]
+) -> dict[str, float]:
     width, inner, top_k, num_experts = shape
-    experts = Experts(codec, width, inner)
     flops = 2 * 3 * width * inner
 
     def ffn(jobs: Any, pairs: int, hidden: Tensor) -> None:
@@ -190,37 +198,56 @@ def measure_torch(shape: tuple[int, int, int, int]) -> dict[str, float]:
     }
 
 
+def libraries() -> dict[str, native.Library]:
+    """The kernels of each instruction set: a library of another name chooses anew."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for isa in ISAS:
+            copy = shutil.copy(cached_library(), Path(folder) / f"{isa}.so")
+            os.environ["MOEKIT_ISA"] = isa
+            library = native.Library(str(copy))
+            if library.isa == isa:
+                found[isa] = library
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--codecs", nargs="+", default=CODECS)
+    parser.add_argument("--codecs", nargs="+", default=[*CODECS, *FLOATS])
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread and its processor time: others run as well"
+    )
     arguments = parser.parse_args()
-    library = native.library()
-    if library is None:
-        raise SystemExit("There is no C++ compiler.")
+    if arguments.busy:
+        global CLOCK
+        arguments.threads, CLOCK = 1, time.thread_time
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     record = start_record("benchmark native_kernels", vars(arguments), seed=0)
-    pool = native.Pool(library, arguments.threads)
-    for codec in arguments.codecs:
-        check(pool, codec, (768, 2048))
+    pools = {isa: native.Pool(library, arguments.threads) for isa, library in libraries().items()}
+    for pool in pools.values():
+        for codec in arguments.codecs:
+            check(pool, codec, (768, 2048))
     rows = {}
     for name, shape in SHAPES.items():
         for codec in arguments.codecs:
-            row = rows[f"{name}, {codec}"] = measure(pool, codec, shape)
-            print(
-                f"{name} {codec:9} decode {row['decode_us']:7.0f} us, "
-                f"{row['decode_gb_per_s']:5.1f} of {row['read_gb_per_s']:4.1f} GB/s "
-                f"({row['share_of_read']:.0%}); prefill {row['prefill_ms']:6.1f} ms, "
-                f"{row['prefill_gflop_per_s']:4.0f} GFLOP/s",
-                flush=True,
-            )
+            experts = Experts(codec, *shape[:2])
+            for isa, pool in pools.items():
+                row = rows[f"{name}, {codec}, {isa}"] = measure(pool, experts, shape)
+                print(
+                    f"{name} {codec:11} {isa:6} decode {row['decode_us']:7.0f} us, "
+                    f"{row['decode_gb_per_s']:5.1f} of {row['read_gb_per_s']:4.1f} GB/s "
+                    f"({row['share_of_read']:.0%}); prefill {row['prefill_ms']:6.1f} ms, "
+                    f"{row['prefill_gflop_per_s']:4.0f} GFLOP/s",
+                    flush=True,
+                )
         row = rows[f"{name}, torch bf16"] = measure_torch(shape)
         print(
             f"{name} torch bf16 decode {row['decode_us']:7.0f} us, {row['decode_gb_per_s']:5.1f} "
             f"GB/s; prefill {row['prefill_ms']:6.1f} ms, {row['prefill_gflop_per_s']:4.0f} GFLOP/s"
         )
-    record.finish({"isa": library.isa, "load_average": os.getloadavg()[0], "rows": rows})
+    record.finish({"isas": list(pools), "load_average": os.getloadavg()[0], "rows": rows})
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(json.loads(record.to_json()), indent=2) + "\n")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from render_cache import cache_policies
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
+from render_kernels import native_kernels
 from render_predictors import predictors
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
@@ -317,6 +318,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cache_policies": cache_policies,
     "predictors": predictors,
     "gguf_llama_cpp": gguf_llama_cpp,
+    "native_kernels": native_kernels,
     "run_in_memory_r1": run_in_memory,
     "run_in_memory_r2": run_in_memory,
     "run_larger_than_memory": run_larger_than_memory,
