@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from collections.abc import Mapping
@@ -46,6 +47,9 @@ class Destination:
             raise UserError(f"{self.out} exists; give another directory or --overwrite")
         if self.evaluate and self.formats.to is Format.gguf:
             raise UserError("--eval does not read GGUF files; measure them with llama.cpp")
+        reader = importlib.util.find_spec("compressed_tensors")
+        if self.evaluate and self.formats.to is Format.compressed_tensors and reader is None:
+            raise UserError("--eval of --to compressed-tensors needs pip install compressed-tensors")
         for text in self.evaluate:
             if not Path(text).exists():
                 raise UserError(f"--eval {text}: no such file or directory")

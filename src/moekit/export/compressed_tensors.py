@@ -1,8 +1,8 @@
 """`convert_compressed_tensors`: experts as packed integers in the layout of compressed-tensors.
 
-transformers (with the package compressed-tensors) and vLLM read it. One symmetric integer scheme
-holds for all experts; everything else stays in the model's number format. Shapes: O output rows, I
-input columns, N scales a row.
+transformers reads it (with the package compressed-tensors), and vLLM, whose format it is. One
+symmetric integer scheme holds for all experts; everything else stays in the model's number format.
+Shapes: O output rows, I input columns, N scales a row.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Scheme:
 @register(
     "converter",
     COMPRESSED_TENSORS,
-    title="Experts as packed integers, which transformers and vLLM read",
+    title="Experts as packed integers, in the layout of compressed-tensors",
     needs=("weights",),
     limits="int4 and int8, symmetric, one width for all experts; families with a per-expert layout",
     options={
