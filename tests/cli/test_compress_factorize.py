@@ -57,6 +57,22 @@ def test_plan_with_energy_is_applied_later(
     assert torch.equal(logits(tmp_path / "once"), logits(tmp_path / "later"))
 
 
+def test_factors_themselves_are_written_and_evaluated(
+    moekit: Any, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = ["compress", "factorize", tiny, tmp_path / "out", "--method", "svd", "--rank", 6]
+    done = moekit(*asked, "--factored", "--json")
+    assert done.code == 0, done.err
+    whole = sum(path.stat().st_size for path in tiny.glob("*.safetensors"))
+    assert done.json["bytes"] < whole
+    measured = moekit("eval", tmp_path / "out", text, "--json")
+    assert measured.code == 0, measured.err
+    asked[3] = tmp_path / "expanded"
+    assert moekit(*asked).code == 0
+    expanded = moekit("eval", tmp_path / "expanded", text, "--json")
+    assert measured.json["mean_bpb"] == pytest.approx(expanded.json["mean_bpb"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

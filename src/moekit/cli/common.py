@@ -180,9 +180,9 @@ def set_up(seed: int, threads: int | None = None) -> None:
 def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> LoadedModel:
     """Seed, set threads, and load a model that has a tokenizer; UserError if it has none.
 
-    A packed one is decoded.
+    A packed one is decoded; a factored one computes through its factors.
     """
-    from moekit.core.load import PACKED_FILE, load, resolve_model
+    from moekit.core.load import FACTORED_FILE, PACKED_FILE, load, resolve_model
 
     # Before the heavy imports, so that a wrong path is reported at once.
     found = resolve_model(source)
@@ -192,6 +192,10 @@ def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> Loa
         from moekit.runtime.unpack import load_packed
 
         loaded = load_packed(found, name)
+    elif isinstance(found, Path) and (found / FACTORED_FILE).is_file():
+        from moekit.compress.factorize.store import load_factored
+
+        loaded = load_factored(found, name)
     else:
         loaded = load(source, name)
     if loaded.tokenizer is None:

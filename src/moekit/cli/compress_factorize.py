@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,11 @@ from moekit.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    Output,
     SeedOption,
     ThreadsOption,
     output,
+    progress,
 )
 from moekit.cli.compress_finish import Destination, finish
 from moekit.cli.compress_options import (
@@ -48,6 +50,7 @@ from moekit.core.errors import UserError
 if TYPE_CHECKING:
     from moekit.compress.factorize.plan import FactorizeRequest
     from moekit.core.plan import ExpertPlan
+    from moekit.core.rewrite import Rewrite
     from moekit.core.spec import MoESpec
     from moekit.core.stats import ExpertStats
 
@@ -78,6 +81,13 @@ def factorize(
             help="Share of the squared singular values that stays; each layer then has its rank.",
         ),
     ] = None,
+    factored: Annotated[
+        bool,
+        typer.Option(
+            "--factored",
+            help="Write the factors themselves, which moekit alone loads, in place of --to.",
+        ),
+    ] = False,
     stats: StatsOption = None,
     data: DataOption = None,
     max_tokens: MaxTokensOption = None,
@@ -104,8 +114,8 @@ def factorize(
 ) -> None:
     """Replace experts by products of smaller matrices.
 
-    The factors are multiplied out again when they are written, since no stock class holds them:
-    what is measured is what they keep of the model, at the size that is printed for them.
+    No stock class holds the factors, so they are multiplied out when they are written, at the size
+    of the model; --factored writes them as they are, for moekit's verbs.
     """
     with output(as_json) as printed:
         formats = FormatOptions(
@@ -134,6 +144,11 @@ def factorize(
         from moekit.core.method_text import parse_method
         from moekit.core.spec import spec_from_config
 
+        if factored and (plan_only or dry_run or evaluate or overwrite or to is not Format.fused):
+            raise UserError(
+                "--factored writes factors to OUT; it does not go with --plan-only, --dry-run, "
+                "--eval, --overwrite or --to"
+            )
         name, options = parse_method(method)
         request = FactorizeRequest(name, options, rank, ratio, energy)
         calibration = None
@@ -161,24 +176,44 @@ def factorize(
         rewrite = None if dry_run else rewrite_of(plan, destination.source, collected)
         share = stored_share(spec, plan, request)
         printed.line(f"as factors the experts take {share:.3f} of their numbers")
-        finish(
-            printed,
-            destination,
-            plan,
-            rewrite,
-            data={
-                "method": method,
-                **request.settings,
-                "rank": rank,
-                "ratio": ratio,
-                "energy": energy,
-                **(calibration.to_dict() if calibration else {}),
-            },
-            numbers={
-                "share of the experts' numbers": round(share, 4),
-                "ranks": {str(layer): plan.action(layer, 0).rank for layer in plan.layers},
-            },
-        )
+        data_of = {
+            "method": method,
+            **request.settings,
+            "rank": rank,
+            "ratio": ratio,
+            "energy": energy,
+            **(calibration.to_dict() if calibration else {}),
+        }
+        ranks = {str(layer): plan.action(layer, 0).rank for layer in plan.layers}
+        numbers = {"share of the experts' numbers": round(share, 4), "ranks": ranks}
+        if factored:
+            _write_factors(printed, destination, plan, rewrite, data_of, numbers)
+        else:
+            finish(printed, destination, plan, rewrite, data=data_of, numbers=numbers)
+
+
+def _write_factors(
+    printed: Output,
+    to: Destination,
+    plan: ExpertPlan,
+    rewrite: Rewrite | None,
+    data: dict[str, Any],
+    numbers: dict[str, Any],
+) -> None:
+    """Write the factors, with a record beside them."""
+    from moekit.compress.factorize.factorizers import Factorizer
+    from moekit.compress.factorize.store import write_factored
+    from moekit.core.memory import format_bytes
+    from moekit.core.record import start_record
+
+    assert to.out is not None
+    assert isinstance(rewrite, Factorizer)
+    record = start_record("compress factorize", {"model": to.source, **data}, seed=to.seed)
+    with progress("writing", "B") as advance:
+        size = write_factored(to.source, to.out, plan, rewrite, progress=advance)
+    record.finish({"bytes": size, **numbers}).save(to.out)
+    printed.line(f"wrote {to.out}: {format_bytes(size)}, as factors")
+    printed.result({"out": str(to.out), "bytes": size, "numbers": numbers, "data": data})
 
 
 def _planned(

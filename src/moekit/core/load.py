@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BABEL = "babel"
 PACKED_FILE = "packed.json"
+FACTORED_FILE = "factored.json"
 BABEL_PATH = Path(__file__).parents[1] / BABEL
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -55,6 +56,11 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
         raise UserError(
             f"{directory} is packed: `moekit.open_engine` and `moekit run` run it, "
             "`moekit.runtime.unpack.load_packed` decodes it"
+        )
+    if (directory / FACTORED_FILE).is_file():
+        raise UserError(
+            f"{directory} holds factors: the verbs of moekit load it, and "
+            "`moekit.compress.factorize.store.load_factored`"
         )
     Checkpoint(directory).close()
     model = _load_weights(architecture_of(config), directory, dtype, options)

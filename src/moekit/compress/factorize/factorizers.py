@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moekit.compress.factorize.latent import GroupFactors, Shape, group_factors
+from torch import Tensor
+
+from moekit.compress.factorize.latent import GroupFactors, Shape, group_factors, stored_parts
 from moekit.core.errors import UserError
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.plan import ExpertPlan
@@ -71,6 +73,29 @@ class Factorizer(Rewrite):
         factors = self._factors(layer, expert, rank, read)
         white = self._whiteners(layer, "middle_second", [expert]) if self._white else None
         return factors.expand(read(expert), None if white is None else white[0])
+
+    def group_size(self, experts: int) -> int:
+        """Experts of a group in a layer of so many."""
+        return min(self._group or experts, experts)
+
+    def parts(self, layer: int, first: int, read: Read) -> dict[str, Tensor]:
+        """The group that begins with expert `first` as factors, by name; see `store`."""
+        assert self._plan.model is not None
+        group = neighbours(range(self._plan.model.experts_in(layer) or 0), first, self._group)
+        rank = self._plan.action(layer, first).rank
+        factors = None if rank is None else self._factors(layer, first, rank, read)
+        found: dict[str, Tensor] = {}
+        for e in group:
+            white = None
+            if self._white and self._down == "private" and factors is not None:
+                white = self._whiteners(layer, "middle_second", [e])[0]
+            expert = read(e)
+            for name, tensor in stored_parts(expert, factors, white).items():
+                shared = name.endswith(".right") and self._group != 1
+                key = f"g{first}.{name}" if name.endswith(".right") else f"{e}.{name}"
+                if not shared or key not in found:
+                    found[key] = tensor.to(expert.down.dtype).contiguous()
+        return found
 
     def _factors(self, layer: int, expert: int, rank: int, read: Read) -> GroupFactors:
         """Those of the expert's group, kept until another group is asked for."""
@@ -170,6 +195,6 @@ for _name, (_title, _paper, _needs, _settings) in METHODS.items():
         title=_title,
         paper=_paper,
         needs=_needs,
-        limits="Written expanded: a stock checkpoint does not shrink by it. Without fine-tuning.",
+        limits="No stock class holds the factors: written expanded, or for moekit alone. Untrained.",
         settings=_settings,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.expert_weights import ExpertWeights
-from moekit.ops.lowrank import RowSpace, Whitener, row_space, truncated
+from moekit.ops.lowrank import Factors, RowSpace, Whitener, row_space, truncated
 
 READING = ("gate", "up")
 
@@ -57,17 +57,42 @@ class GroupFactors:
         `white` is that of the expert's own down inputs, for "private" ones.
         """
         made = {}
-        for name, space in self.spaces.items():
-            matrix = getattr(expert, name)
-            if name == "down":
-                product = space.factors(matrix.T).product().T
-            else:
-                product = space.factors(matrix).product()
-            made[name] = product.to(matrix.dtype)
-        if self.shape.down == "private" and self.shape.rank < min(expert.down.shape):
-            product = truncated(expert.down, self.shape.rank, white).product()
-            made["down"] = product.to(expert.down.dtype)
+        for name, matrix in expert.tensors().items():
+            factors = self.of(name, matrix, white)
+            if factors is not None:
+                product = factors.product()
+                made[name] = (product.T if name == "down" else product).to(matrix.dtype)
         return replace(expert, **made)
+
+    def of(self, name: str, matrix: Tensor, white: Whitener | None = None) -> Factors | None:
+        """The factors of a matrix, of down those of its transpose; None for what stays whole."""
+        if name in self.spaces:
+            return self.spaces[name].factors(matrix.T if name == "down" else matrix)
+        private = name == "down" and self.shape.down == "private"
+        if private and smaller(self.shape.rank, *matrix.shape):
+            own = truncated(matrix, self.shape.rank, white)
+            return Factors(own.right.T, own.left.T)
+        return None
+
+
+def smaller(rank: int, rows: int, columns: int) -> bool:
+    """Whether factors of this rank have fewer numbers than a matrix [rows, columns]."""
+    return rank * (rows + columns) < rows * columns
+
+
+def stored_parts(
+    expert: ExpertWeights, factors: GroupFactors | None, white: Whitener | None = None
+) -> dict[str, Tensor]:
+    """The expert as its group's factors: NAME.left and NAME.right for each matrix that they make
+    smaller (of down: its transpose), NAME for what stays whole, biases as they are."""
+    found: dict[str, Tensor] = {}
+    for name, part in expert.tensors().items():
+        cut = None if factors is None else factors.of(name, part, white)
+        if cut is None:
+            found[name] = part
+        else:
+            found[f"{name}.left"], found[f"{name}.right"] = cut
+    return found
 
 
 def group_factors(
@@ -79,8 +104,8 @@ def group_factors(
     """The projections that lose least of the group's matrices, in the Frobenius norm.
 
     With `white`, of the group's inputs, least of the outputs of gate and up; with `white_down`, of
-    each expert's inputs of down, least of those of a shared down. A matrix that the rank cannot
-    make smaller, since the rows of the group have no more dimensions, is left whole.
+    each expert's inputs of down, least of those of a shared down. A matrix that factors of the
+    rank would not make smaller is left whole.
     """
     spaces = {}
     for name in READING:
@@ -88,12 +113,12 @@ def group_factors(
         if matrices[0] is None:
             continue
         rows = sum(len(matrix) for matrix in matrices)
-        if shape.rank < min(rows, matrices[0].shape[1]):
+        if smaller(shape.rank, rows, matrices[0].shape[1]):
             stacked = torch.cat([_reduced(m, shape.first_rank, white) for m in matrices])
             spaces[name] = row_space(stacked, shape.rank, white)
     if shape.down == "shared":
         width, inner = experts[0].down.shape
-        if shape.rank < min(width, inner * len(experts)):
+        if smaller(shape.rank, inner * len(experts), width):
             spaces["down"] = row_space(_columns(experts, shape, white_down), shape.rank)
     return GroupFactors(shape, spaces)
 
