@@ -126,20 +126,19 @@ def run_forecast(record: dict[str, Any]) -> str:
             f"{row['measured']:.1f}",
             f"{row['forecast']:.1f}",
             f"{row['ratio']:.2f}",
-            f"{row['forecast_uniform']:.1f}",
         ]
         for row in record["metrics"]["rows"]
     ]
     return "\n\n".join(
         [
             "## Forecast of decoding",
-            "`benchmarks/run_forecast.py`. Decoding random tokens on random weights of the "
-            f"reference shape R1 at 4 bits, {record['options']['threads']} threads, with a share "
-            "of the experts in memory: how many of those asked for were there and how many a "
-            "replayed trace of other tokens led to expect; tokens a second, and the forecasts with "
-            "that hit rate and for routing that never repeats itself. What a layer takes besides "
-            "its bytes, and how much of reading overlaps, were fitted on these settings. "
-            + machine(record),
+            "`benchmarks/run_forecast.py`. babel with experts widened to "
+            f"{record['options']['width']:,} neurons at 4 bits, {record['options']['threads']} "
+            "threads, decoding validation text one token after the other with a share of the "
+            "experts in memory: how many of those asked for were there, how many a trace of "
+            "training text led to expect, tokens a second (the fastest of "
+            f"{record['options']['repeats']} runs), and the forecast of `moekit run --dry-run "
+            "--trace` just before. " + machine(record),
             table(
                 [
                     "runner, experts",
@@ -148,7 +147,6 @@ def run_forecast(record: dict[str, Any]) -> str:
                     "tokens/s",
                     "forecast",
                     "ratio",
-                    "forecast, uniform",
                 ],
                 rows,
             ),
