@@ -49,7 +49,7 @@ class Destination:
             raise UserError("--eval does not read GGUF files; measure them with llama.cpp")
         reader = importlib.util.find_spec("compressed_tensors")
         if self.evaluate and self.formats.to is Format.compressed_tensors and reader is None:
-            raise UserError("--eval of --to compressed-tensors needs pip install compressed-tensors")
+            raise UserError("--eval of this format needs pip install compressed-tensors")
         for text in self.evaluate:
             if not Path(text).exists():
                 raise UserError(f"--eval {text}: no such file or directory")
