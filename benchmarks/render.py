@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from render_apply import compress_apply, compress_gguf
 from render_cache import cache_policies
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
 from render_predictors import predictors
+from render_prune import compress_prune, dynamic_pruning
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
 
@@ -328,6 +330,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "pack_memory": pack_memory,
     "run_forecast": run_forecast,
     "serve_streams": serve_streams,
+    "compress_apply": compress_apply,
+    "compress_apply_quiet": compress_apply,
+    "compress_gguf": compress_gguf,
+    "compress_prune": compress_prune,
+    "dynamic_pruning": dynamic_pruning,
 }
 
 
