@@ -60,6 +60,7 @@ class GroupFuser(Rewrite):
             raise UserError(f"{self.name} needs the stats it was planned with; give --stats.")
         self.plan, self.stats, self._model = plan, stats, model
         self._position = {layer.index: p for p, layer in enumerate(stats.layers)}
+        self._held: tuple[int, dict[str, Tensor]] = (-1, {})
         self.identity = {"fuser": self.name, "stats": stats.digest(), **options}
 
     def expert(
@@ -76,7 +77,13 @@ class GroupFuser(Rewrite):
         raise NotImplementedError
 
     def statistic(self, position: int, name: str) -> Tensor:
-        return self.stats.get(position, name)
+        """A statistic of a layer, kept until another layer is asked for: it may lie on disk."""
+        if self._held[0] != position:
+            self._held = (position, {})
+        held = self._held[1]
+        if name not in held:
+            held[name] = self.stats.get(position, name)
+        return held[name]
 
     def in_order(self, layer: int, expert: int, values: Tensor) -> Tensor:
         """Rows [F, ...] of an expert's neurons as the plan orders them."""
@@ -109,7 +116,6 @@ class Average(GroupFuser):
     """Said by the plan alone."""
 
     name = "average"
-
     linear = True
 
 
@@ -126,7 +132,6 @@ class Fisher(GroupFuser):
     """The information is the model's own, from backward passes with drawn labels."""
 
     name = "fisher"
-
     sets = ("fisher",)
 
     def __init__(
@@ -176,7 +181,6 @@ class Zip(GroupFuser):
     """Activations on the sampled inputs of all members."""
 
     name = "zip"
-
     sets = ("inputs",)
 
     def fuse(self, position: int, layer: int, members: list[Member]) -> ExpertWeights:
@@ -203,7 +207,6 @@ class LeastSquares(GroupFuser):
     """Closed form; every member's outputs on its own tokens, weighted by their gates."""
 
     name = "least-squares"
-
     sets = ("inputs",)
 
     def __init__(

@@ -53,6 +53,7 @@ class Factorizer(Rewrite):
         self._first_rank = first_rank or None
         self._position = {} if stats is None else {s.index: p for p, s in enumerate(stats.layers)}
         self._held: tuple[tuple[int, int, int], GroupFactors] | None = None
+        self._read: tuple[int, dict[str, Tensor]] = (-1, {})
         self.identity = {
             "factorizer": [group, down, white, first_rank],
             "stats": stats.digest() if white and stats is not None else None,
@@ -108,9 +109,7 @@ class Factorizer(Rewrite):
             shape = Shape(rank, self._down, self._first_rank)
             white, white_down = None, None
             if self._white:
-                assert self._stats is not None
-                moments = self._stats.get(self._position[layer], "input_second")
-                white = whitener(moments[group].double().sum(0))
+                white = whitener(self._moments(layer, "input_second")[group].double().sum(0))
                 if self._down == "shared":
                     white_down = self._whiteners(layer, "middle_second", group)
             experts = [read(e) for e in group]
@@ -118,9 +117,17 @@ class Factorizer(Rewrite):
         return self._held[1]
 
     def _whiteners(self, layer: int, name: str, experts: Sequence[int]) -> list[Whitener]:
-        assert self._stats is not None
-        moments = self._stats.get(self._position[layer], name)
+        moments = self._moments(layer, name)
         return [whitener(moments[e]) for e in experts]
+
+    def _moments(self, layer: int, name: str) -> Tensor:
+        """Second moments of a layer, kept until another layer is asked for."""
+        assert self._stats is not None
+        if self._read[0] != layer:
+            self._read = (layer, {})
+        if name not in self._read[1]:
+            self._read[1][name] = self._stats.get(self._position[layer], name)
+        return self._read[1][name]
 
 
 def neighbours(survivors: Sequence[int], expert: int, size: int) -> list[int]:
