@@ -202,6 +202,6 @@ for _name, (_title, _paper, _needs, _settings) in METHODS.items():
         title=_title,
         paper=_paper,
         needs=_needs,
-        limits="No stock class holds the factors: written expanded, or for moekit alone. Untrained.",
+        limits="No stock class holds the factors: written expanded, or for moekit alone.",
         settings=_settings,
     )
