@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from moekit.core.seeds import generator
+from moekit.merge.catalogue import merge_methods
 from moekit.merge.consensus import Consensus
 from moekit.merge.job import BLOCK_ELEMENTS, TensorJob
 from moekit.merge.magnitude import largest
-from moekit.merge.methods import TASK_VECTORS, merge_methods
+from moekit.merge.methods import TASK_VECTORS
 from moekit.merge.sparsify import Density, rule_for, sparsified
 from moekit.merge.task_vectors import Part, merge_rows
 from moekit.merge.whole_model import majority_sign, whole_model_rules

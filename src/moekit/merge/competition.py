@@ -105,20 +105,22 @@ def widen(
     return base + (deltas * weight).sum(0)
 
 
-def ram(deltas: Tensor, *, gain: float = 0.0, limit: float = 0.2) -> Tensor:
+def ram(deltas: Tensor, *, gain: float = 0.0, limit: float = 0.2, active: float = ACTIVE) -> Tensor:
     """Unique changes whole, shared ones averaged (RAM, RAM+, 2601.13572), deltas [N, ...].
 
-    `gain` 0 is RAM; RAM+ takes 0.1: unique changes of model i are scaled by
-    1 + gain * clip(shared / unique entries of it, 0, limit).
+    Entries above `active` are changes. `gain` 0 is RAM; RAM+ takes 0.1: unique changes of model i
+    are scaled by 1 + gain * clip(shared / unique entries of it, 0, limit).
     """
-    active = deltas.abs() > ACTIVE
-    count = active.sum(0)
-    shared = (active & (count > 1)).flatten(1).sum(1).float()
-    unique = (active & (count == 1)).flatten(1).sum(1).float()
-    boost = 1 + gain * (shared / unique.clamp(min=1)).clamp(0, limit)
-    boost = boost.view(-1, *[1] * (deltas.ndim - 1)).to(deltas.dtype)
-    factors = torch.where(count == 1, boost, 1 / count.clamp(min=1).to(deltas.dtype))
-    return (deltas * active * factors).sum(0)
+    changed = deltas.abs() > active
+    count = changed.sum(0)
+    alone = deltas * (changed & (count == 1))
+    together = deltas * (changed & (count > 1)) / count.clamp(min=1)
+    if gain:
+        unique = (changed & (count == 1)).flatten(1).sum(1)
+        shared = (changed & (count > 1)).flatten(1).sum(1)
+        boost = 1 + gain * (shared / unique.clamp(min=1)).clamp(0, limit)
+        alone = alone * boost.view(-1, *[1] * (deltas.ndim - 1))
+    return (alone + together).sum(0)
 
 
 def _ranks(values: Tensor) -> Tensor:

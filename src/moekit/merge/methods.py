@@ -54,7 +54,7 @@ def _task_vectors(settings: Settings) -> Callable[[TensorJob], Rows]:
             settings,
             normalize=bool(options["normalize"]),
             scale=float(options["lambda"]),
-            rescale=settings.rescale if options.get("rescale", True) else "none",
+            rescale=_rescale(settings.rescale, options.get("rescale", False)),
         )
         count = len(job.tensors)
         columns = {key: job.per_model.get(key, [None] * count) for key in SHARES}
@@ -73,6 +73,13 @@ def _task_vectors(settings: Settings) -> Callable[[TensorJob], Rows]:
         )
 
     return run
+
+
+def _rescale(default: str, wanted: bool) -> str:
+    """How what stays is scaled: by the method's own rule, or by mergekit's where it has none."""
+    if not wanted:
+        return "none"
+    return default if default != "none" else "l1"
 
 
 def _density(columns: Mapping[str, list[Any]], place: int) -> Density:
@@ -188,8 +195,12 @@ def _widen(job: TensorJob) -> Tensor:
 
 
 def _ram(job: TensorJob) -> Tensor:
+    options = job.options
     mixed = competition.ram(
-        job.deltas(), gain=float(job.options["gain"]), limit=float(job.options["limit"])
+        job.deltas(),
+        gain=float(options.get("r", 0)),
+        limit=float(options.get("alpha", 0)),
+        active=float(options["epsilon"]),
     )
     return job.whole(job.base) + mixed
 
@@ -280,7 +291,7 @@ OTHERS = (
         by_tensor(_sce),
         "needed",
         {},
-        {"select_topk": 1.0, "select_applies_to": "deltas"},
+        {"select_topk": 1.0, "select_applies_to": "deltas", "int8_mask": False},
     ),
     MergeMethod(
         "pcb",
@@ -290,8 +301,10 @@ OTHERS = (
         {"density": 0.1, "lambda": 1.2, "clip": 1e-4, "inter": "normalised"},
     ),
     MergeMethod("widen", by_tensor(_widen), "needed", {}, {"ratio": 1.0, "calibration": 1.0}),
-    MergeMethod("ram", by_tensor(_ram), "needed", {}, {"gain": 0.0, "limit": 0.2}),
-    MergeMethod("ramplus_tl", by_tensor(_ram), "needed", {}, {"gain": 0.1, "limit": 0.2}),
+    MergeMethod("ram", by_tensor(_ram), "needed", {}, {"epsilon": 1e-5}),
+    MergeMethod(
+        "ramplus_tl", by_tensor(_ram), "needed", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}
+    ),
     MergeMethod(
         "tsv_m", by_tensor(_matrices(lambda d, _: subspace.tsv_merge(d))), "needed", {}, _LAMBDA
     ),
@@ -316,28 +329,28 @@ OTHERS = (
 )
 
 
-def merge_methods(dialect: str) -> dict[str, MergeMethod]:
-    """Every method that is a formula over tensors, in one dialect ("mergekit" or "paper")."""
-    found = {method.name: method for method in OTHERS}
-    if dialect == "mergekit":
-        stock = found["model_stock"]
-        unclamped = {**stock.options, "clamp": False}
-        found["model_stock"] = dataclasses.replace(stock, options=unclamped)
-    for name, pair in TASK_VECTORS.items():
-        settings = pair[dialect == "paper"]
-        per_model: dict[str, Any] = {"weight": REQUIRED if dialect == "mergekit" else 1.0}
-        if settings.sparsifier is not None:
-            per_model["density"] = settings.density.density
-        if settings.sparsifier == "band":
-            per_model["gamma"] = settings.density.gamma
-        if settings.sparsifier == "magprune":
-            per_model["epsilon"] = settings.density.epsilon
-        options: dict[str, Any] = {"normalize": settings.normalize, "lambda": settings.scale}
-        if settings.rescale == "l1":
-            options["rescale"] = True
-        # Only changes the type of a mask in mergekit.
-        options["int8_mask"] = False
-        found[name] = MergeMethod(
-            name, _task_vectors(settings), "needed", per_model, options, settings=settings
-        )
-    return found
+def merge_method(*, name: str, dialect: str = "mergekit") -> MergeMethod:
+    """The method called `name` in one dialect ("mergekit" or "paper")."""
+    if name in TASK_VECTORS:
+        return _preset(name, dialect)
+    method = next(method for method in OTHERS if method.name == name)
+    if name == "model_stock" and dialect == "mergekit":
+        return dataclasses.replace(method, options={**method.options, "clamp": False})
+    return method
+
+
+def _preset(name: str, dialect: str) -> MergeMethod:
+    settings = TASK_VECTORS[name][dialect == "paper"]
+    per_model: dict[str, Any] = {"weight": REQUIRED if dialect == "mergekit" else 1.0}
+    options: dict[str, Any] = {"normalize": settings.normalize, "lambda": settings.scale}
+    if settings.sparsifier is not None:
+        per_model["density"] = settings.density.density
+        options["rescale"] = settings.rescale != "none"
+    if settings.sparsifier == "band":
+        per_model["gamma"] = settings.density.gamma
+    if settings.sparsifier == "magprune":
+        per_model["epsilon"] = settings.density.epsilon
+    # Only changes the type of a mask in mergekit.
+    options["int8_mask"] = False
+    run = _task_vectors(settings)
+    return MergeMethod(name, run, "needed", per_model, options, settings=settings)

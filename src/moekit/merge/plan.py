@@ -12,9 +12,10 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.core.seeds import generator
+from moekit.merge.catalogue import merge_methods
 from moekit.merge.consensus import Consensus
 from moekit.merge.job import REQUIRED, MergeMethod, Rows, TensorJob
-from moekit.merge.methods import SHARES, merge_methods
+from moekit.merge.methods import SHARES
 from moekit.merge.parameters import Level, depth_of, resolve
 from moekit.merge.recipe import MergeRecipe, Slice, Source
 from moekit.merge.sources import MergeSources, common_shape, layer_of_name
@@ -178,9 +179,11 @@ def _merged(
         if method.base == "none" or source.model != base
     ]
     method.check(len(used), base is not None)
+    # A model may come twice: its places are told apart, without regard to the other models'.
+    models = [source.model for source, _ in used]
     tensors = {
-        f"{source.model}#{number}": _tensor(sources, source.model, tensor)
-        for number, (source, tensor) in enumerate(used)
+        f"{model}#{models[:number].count(model)}": _tensor(sources, model, used[number][1])
+        for number, model in enumerate(models)
     }
     below = None
     if method.base != "none" and base is not None:

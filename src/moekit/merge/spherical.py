@@ -6,7 +6,6 @@ The formulas and their limits are those of mergekit; where it divides by zero, t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,12 +21,16 @@ SMALLEST_NORM = 1e-8
 def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     """From `first` (t = 0) to `second` (t = 1) along the great circle; norms are not kept."""
     a, b = first.float(), second.float()
-    units = [x / norm if (norm := float(x.norm())) > SMALLEST_NORM else x for x in (a, b)]
-    cosine = float((units[0] * units[1]).sum())
-    if abs(cosine) > COLLINEAR:
+    norms = [x.norm() for x in (a, b)]
+    units = [
+        x / torch.where(norm > SMALLEST_NORM, norm, torch.ones_like(norm))
+        for x, norm in zip((a, b), norms, strict=True)
+    ]
+    cosine = (units[0] * units[1]).sum().clamp(-1, 1)
+    if float(cosine.abs()) > COLLINEAR:
         return ((1 - t) * a + t * b).to(first.dtype)
-    angle = math.acos(max(-1.0, min(1.0, cosine)))
-    shares = [math.sin(angle * (1 - t)) / math.sin(angle), math.sin(angle * t) / math.sin(angle)]
+    angle = torch.acos(cosine)
+    shares = torch.sin((1 - t) * angle) / angle.sin(), torch.sin(t * angle) / angle.sin()
     return (shares[0] * a + shares[1] * b).to(first.dtype)
 
 
@@ -50,13 +53,15 @@ def nuslerp(
         a, b, axis = a.reshape(-1), b.reshape(-1), 0
     else:
         axis = 0 if row_wise else -1
-    unit_a, unit_b = (x / x.norm(dim=axis, keepdim=True).clamp(min=1e-12) for x in (a, b))
-    angle = torch.acos((unit_a * unit_b).sum(dim=axis, keepdim=True).clamp(-1, 1))
+    unit_a, unit_b = (x / x.norm(dim=axis, keepdim=True).clamp(min=1e-7) for x in (a, b))
+    cosine = (unit_a * unit_b).sum(dim=axis, keepdim=True).clamp(-1, 1)
+    # Along the line, in opposite directions too, where the angle has no usable sine.
+    flat = cosine.square() == 1
+    angle = torch.acos(torch.where(flat, torch.zeros_like(cosine), cosine))
     sine = torch.sin(angle)
-    along = torch.sin(angle * (1 - t)) * a + torch.sin(angle * t) * b
+    along = torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b
     line = (1 - t) * a + t * b
-    flat = sine.abs() < 1e-8
-    mixed = torch.where(flat, line, along / torch.where(flat, torch.ones_like(sine), sine))
+    mixed = torch.where(flat, line, along / sine)
     mixed = mixed.reshape(first.shape)
     return mixed if base is None else base + mixed
 
@@ -87,39 +92,49 @@ def multislerp(
         mixed = (flat * factors.unsqueeze(1)).sum(0)
     else:
         mean = mean / length
-        tangent = units - (units @ mean).unsqueeze(1) * mean
+        tangent = units - (units * mean).sum(-1, keepdim=True) * mean
         step = (tangent * factors.unsqueeze(1)).sum(0)
         size = step.norm() + eps
-        mixed = torch.cos(size) * mean + torch.sin(size) * step / size
+        mixed = mean * torch.cos(size) + step * (torch.sin(size) / size)
         mixed = mixed * (norms.squeeze(1) * factors).sum()
     mixed = mixed.reshape(stacked.shape[1:])
     return mixed if base is None else base + mixed
 
 
 def karcher(tensors: Sequence[Tensor], *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
-    """The Riemannian centre of mass of the directions, times the mean norm; equal shares."""
-    share = 1 / len(tensors)
-    norms = [float(tensor.float().norm()) for tensor in tensors]
-    units = [t.float() / n for t, n in zip(tensors, norms, strict=True) if n > tol]
+    """The Riemannian centre of mass of the directions, times the mean norm; equal shares.
+
+    Vectors keep the dtype of the tensors, norms are in float32.
+    """
+    norms = [_norm(tensor) for tensor in tensors]
+    dtype = tensors[0].dtype
+    units = [(t / n).to(dtype) for t, n in zip(tensors, norms, strict=True) if float(n) > tol]
     if not units:
         return torch.zeros_like(tensors[0])
-    weight = 1 / len(units)
-    centre = torch.stack(units).sum(0) * weight
-    length = float(centre.norm())
-    centre = units[0].clone() if length < tol else centre / length
+    centre = torch.zeros_like(units[0])
+    for unit in units:
+        centre += 1 / len(units) * unit
+    length = _norm(centre)
+    centre = units[0] if float(length) < tol else (centre / length).to(dtype)
     for _ in range(max_iter):
         step = torch.zeros_like(centre)
         for unit in units:
-            cosine = max(-1.0, min(1.0, float((centre * unit).sum())))
-            angle = math.acos(cosine)
-            if angle >= tol and math.sin(angle) > 0:
-                step += weight * angle / math.sin(angle) * (unit - cosine * centre)
-        size = float(step.norm())
-        if size < tol:
+            cosine = torch.dot(centre.flatten(), unit.flatten()).clamp(-1, 1)
+            angle = torch.arccos(cosine)
+            if float(angle) >= tol and float(torch.sin(angle)) > 0:
+                step += 1 / len(units) * (angle / torch.sin(angle)) * (unit - cosine * centre)
+        size = _norm(step)
+        if float(size) < tol:
             break
-        centre = math.cos(size) * centre + math.sin(size) / size * step
-        centre = centre / centre.norm().clamp(min=tol)
-    return (centre * sum(share * norm for norm in norms)).to(tensors[0].dtype)
+        centre = (torch.cos(size) * centre + torch.sin(size) * (step / size)).to(dtype)
+        length = _norm(centre)
+        centre = (centre / length).to(dtype) if float(length) > tol else centre
+    share = 1 / len(tensors)
+    return sum(share * norm for norm in norms) * centre
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.float())
 
 
 def model_stock(
@@ -132,7 +147,7 @@ def model_stock(
     the base, as in mergekit.
     """
     rows = [
-        t.reshape(t.shape[0], -1) if filter_wise and t.ndim > 1 else t.reshape(1, -1)
+        t.reshape(-1, t.shape[-1]) if filter_wise and t.ndim > 1 else t.reshape(1, -1)
         for t in (base, *tensors)
     ]
     deltas = [row - rows[0] for row in rows[1:]]
@@ -153,7 +168,7 @@ def model_stock(
     share = count * mean / torch.where(singular, torch.ones_like(divisor), divisor)
     share = torch.where(singular, torch.zeros_like(share), share)
     share = share.clamp(0, 1) if clamp else share
-    average = torch.stack(rows[1:]).mean(0)
+    average = sum(rows[1:], torch.zeros_like(rows[0])) / count
     return (share * average + (1 - share) * rows[0]).reshape(base.shape)
 
 

@@ -1,0 +1,1 @@
+"""Merging whole models by a recipe: `load_merge` reads one, `run_recipe` does it."""
