@@ -4,8 +4,8 @@
 
 DATA is the folder that babel was trained on. Statistics are of DOMAIN.train.jsonl, documents drawn
 by seed and kept in DIR; bits per byte of the leading bytes of DOMAIN.valid.jsonl. Interrupted, or
-ended by --seconds, it goes on where it stopped; every state of it can be rendered. Writes
-benchmarks/results/compress_condense.json.
+ended by --seconds, it goes on where it stopped. Writes benchmarks/results/compress_condense.json
+when complete, or with --publish what there is.
 """
 
 import argparse
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--model", default="babel")
     parser.add_argument("--bytes", type=int, default=1500, help="of each domain of valid")
     parser.add_argument("--seconds", type=float, help="stop after so many, to be called again")
+    parser.add_argument("--publish", action="store_true", help="write what there is")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -182,6 +183,8 @@ def main() -> None:
     except OutOfTime:
         metrics["complete"] = False
         print(f"{len(done.found)} parts are done; call again to go on")
+        if not arguments.publish:
+            return
     record.finish(metrics)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(json.loads(record.to_json()), indent=1) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 from render_apply import compress_apply, compress_gguf
 from render_cache import cache_policies
+from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
 from render_predictors import predictors
@@ -334,6 +335,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_apply_quiet": compress_apply,
     "compress_gguf": compress_gguf,
     "compress_prune": compress_prune,
+    "compress_condense": compress_condense,
     "dynamic_pruning": dynamic_pruning,
 }
 
