@@ -17,6 +17,7 @@ from render_engine import opening, pack_memory, run_forecast, run_memory, run_un
 from render_kernels import native_kernels
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
+from render_quantize import compress_quantize
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
 
@@ -337,6 +338,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_prune": compress_prune,
     "compress_condense": compress_condense,
     "dynamic_pruning": dynamic_pruning,
+    "compress_quantize": compress_quantize,
 }
 
 
