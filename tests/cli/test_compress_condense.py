@@ -48,6 +48,31 @@ def test_writes_a_model_that_stock_transformers_loads(
     assert "hierarchical" in (out / "README.md").read_text()
 
 
+def test_packed_shares_what_rows_lead_to(
+    moekit: Any, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    """An alias table by itself: half of the experts, all rows of the router, one copy each."""
+    asked = ["--ratio", 0.5, "--data", text, "--eval", text, "--json"]
+    packed = moekit(
+        "compress",
+        "condense",
+        tiny,
+        tmp_path / "packed",
+        "--to",
+        "packed",
+        "--codec",
+        "fp32",
+        *asked,
+    )
+    assert packed.code == 0, packed.err
+    assert packed.json["data"]["router"] == "alias"
+    copies = moekit("compress", "condense", tiny, tmp_path / "copies", "--router", "alias", *asked)
+    assert packed.json["bytes"] < copies.json["bytes"]
+    found = [d.json["quality"]["bits_per_byte"]["words"] for d in (packed, copies)]
+    # The same weights in the same order of experts.
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
 def test_nothing_merged_is_the_model(moekit: Any, tiny: Path, text: Path, tmp_path: Path) -> None:
     done = moekit("compress", "condense", tiny, tmp_path / "out", "--ratio", 0, "--data", text)
     assert done.code == 0, done.err
