@@ -19,10 +19,13 @@ VERBS = {
         "moekit.cli.compress_quantize:quantize",
         "Store the experts in fewer bits a weight.",
     ),
-    "slim": ("moekit.cli.compress_slim:slim", "Make every expert narrower."),
+    "slim": (
+        "moekit.cli.compress_slim:slim",
+        "Make every expert narrower, and let the model learn again from what it was.",
+    ),
     "compressed-experts": (
         "moekit.cli.compress_experts:compressed_experts",
-        "Run fewer experts a token, modulated by vectors.",
+        "Run fewer experts a token: the last choices become vectors that modulate the first.",
     ),
     "library": (
         "moekit.cli.compress_library:library",
@@ -30,7 +33,7 @@ VERBS = {
     ),
     "code": (
         "moekit.cli.compress_code:code",
-        "Write ternary experts in QMoE's code, or expand them.",
+        "Write the experts of a ternary model in QMoE's code, below one bit a weight.",
     ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }
