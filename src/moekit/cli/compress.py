@@ -19,13 +19,10 @@ VERBS = {
         "moekit.cli.compress_quantize:quantize",
         "Store the experts in fewer bits a weight.",
     ),
-    "slim": (
-        "moekit.cli.compress_slim:slim",
-        "Make every expert narrower, and let the model learn again from what it was.",
-    ),
+    "slim": ("moekit.cli.compress_slim:slim", "Make every expert narrower, with training."),
     "compressed-experts": (
         "moekit.cli.compress_experts:compressed_experts",
-        "Run fewer experts a token: the last choices become vectors that modulate the first.",
+        "Run fewer experts a token, modulated by vectors.",
     ),
     "library": (
         "moekit.cli.compress_library:library",
@@ -33,7 +30,7 @@ VERBS = {
     ),
     "code": (
         "moekit.cli.compress_code:code",
-        "Write the experts of a ternary model in QMoE's code, below one bit a weight.",
+        "Write ternary experts below one bit a weight.",
     ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }

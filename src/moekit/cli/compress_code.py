@@ -25,7 +25,7 @@ def code(
     seed: NoSeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the experts of a ternary model in QMoE's code, below one bit a weight.
+    """Write ternary experts below one bit a weight.
 
     MODEL is what moekit compress quantize --codec ternary-rows --to packed writes. The code is
     lossless and for keeping: expand it to run it.

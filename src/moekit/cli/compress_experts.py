@@ -52,11 +52,11 @@ def compressed_experts(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Run fewer experts a token: the last choices become vectors that modulate the first.
+    """Run fewer experts a token, modulated by vectors.
 
-    The model stays as it is. OUT is a small file of vectors, which the skipping method
-    compressed-experts puts on a loaded model (`moekit show compressed-experts`).
-    --eval measures the model whole, with its main experts alone, and with the vectors.
+    A token's last choices become vectors that modulate its first. The model stays as it is. OUT is
+    a small file of vectors, which the skipping method compressed-experts puts on a loaded model
+    (`moekit show compressed-experts`). --eval measures the model whole, with its main experts alone, and with the vectors.
     """
     with output(as_json) as printed:
         check_out(out)

@@ -90,10 +90,11 @@ def slim(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make every expert narrower, and let the model learn again from what it was.
+    """Make every expert narrower, with training.
 
-    Neurons go by the sensitivity of a distillation loss, in stages with training between. Model,
-    original and optimiser are in memory at once; the text is both scored and learnt.
+    Neurons go by the sensitivity of a distillation loss, in stages between which the model learns
+    again from what it was. Model, original and optimiser are in memory at once; the text is both
+    scored and learnt.
     """
     with output(as_json) as printed:
         formats = FormatOptions(
