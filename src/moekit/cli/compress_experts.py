@@ -56,7 +56,8 @@ def compressed_experts(
 
     A token's last choices become vectors that modulate its first. The model stays as it is. OUT is
     a small file of vectors, which the skipping method compressed-experts puts on a loaded model
-    (`moekit show compressed-experts`). --eval measures the model whole, with its main experts alone, and with the vectors.
+    (`moekit show compressed-experts`). --eval measures the model whole, with its main experts
+    alone, and with the vectors.
     """
     with output(as_json) as printed:
         check_out(out)
