@@ -178,7 +178,7 @@ def test_layers_of_different_widths():
     store = FakeStore([[1] * 4, [1] * 2])
     with ExpertCache(store, 6 * PAGE) as cache:
         cache.load_all()
-        assert cache.complete
+        assert cache.complete is True
         assert (cache.table != 0).tolist() == [[True] * 4, [True, True, False, False]]
         cache.hint(1, [3, 1])
         with pytest.raises(IndexError, match="layer 1 has no such expert"):
@@ -192,7 +192,7 @@ def test_load_all(per_layer):
     seen = []
     with ExpertCache(store, 36 * PAGE, per_layer=per_layer) as cache:
         serve(cache, 1, [4, 5])
-        assert not cache.complete
+        assert cache.complete is False
         cache.load_all(seen.append)
         assert cache.complete
         assert seen[-1] == 36 * PAGE

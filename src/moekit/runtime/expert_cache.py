@@ -157,7 +157,7 @@ class ExpertCache:
     @property
     def complete(self) -> bool:
         """Whether every expert is in memory, and therefore stays."""
-        return self._residency.count == np.count_nonzero(self._residency.sizes)
+        return self._residency.count == int(np.count_nonzero(self._residency.sizes))
 
     def load_all(self, progress: Callable[[int], object] | None = None) -> None:
         """Read every expert, all checksums verified; `progress` gets the bytes read so far.
