@@ -4,8 +4,8 @@
     python benchmarks/dynamic_pruning.py speed --data DATA
 
 DATA is the folder that babel was trained on. `quality` trains the networks of OTP and measures bits
-per byte on `valid` under every rule; `speed` times prefill and decode under the same rules, on a
-machine that does nothing else. Each writes its part of benchmarks/results/dynamic_pruning.json.
+per byte on `valid` under every rule; `speed` times prefill and decode under the same rules. Each
+writes its part of benchmarks/results/dynamic_pruning.json.
 """
 
 import argparse
@@ -126,7 +126,10 @@ def quality(loaded: Any, view: moekit.MoEView, data: Path, size: int) -> dict[st
 
 @torch.no_grad()
 def speed(loaded: Any, view: moekit.MoEView) -> list[dict[str, Any]]:
-    """Median milliseconds of a prefill and of a decoding step, rules in turn."""
+    """Median milliseconds of one thread's processor time, rules in turn.
+
+    Processor time, so that other programs on the machine count little.
+    """
     stats = ExpertStats.open(NETWORKS / "stats")
     networks = {k: LearnedSkipping.load(view, NETWORKS / f"{k}.safetensors") for k in KEEP}
     text = loaded.tokenizer(Path(__file__).read_text() * 4, return_tensors="pt")["input_ids"]
@@ -135,14 +138,14 @@ def speed(loaded: Any, view: moekit.MoEView) -> list[dict[str, Any]]:
     for turn in range(REPEATS + 1):
         for name, context in rules(view, stats, networks):
             with context():
-                start = time.perf_counter()
+                start = time.process_time()
                 loaded.model(ids, use_cache=False, logits_to_keep=1)
-                prefill = time.perf_counter() - start
+                prefill = time.process_time() - start
                 cache = loaded.model(ids[:1, :CACHED], use_cache=True).past_key_values
-                start = time.perf_counter()
+                start = time.process_time()
                 for position in range(CACHED, CACHED + 8):
                     loaded.model(ids[:1, position : position + 1], past_key_values=cache)
-                decode = (time.perf_counter() - start) / 8
+                decode = (time.process_time() - start) / 8
             if turn:
                 # The first turn warms everything up.
                 kept = times.setdefault(name, {"prefill": [], "decode": []})
@@ -162,6 +165,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1000, help="of each domain of valid")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     options = {
         **{"model": arguments.model, "bytes": arguments.bytes, "context": CONTEXT},
         **{"calibration": CALIBRATION, "steps": STEPS, "length": TRAIN_LENGTH},
@@ -176,7 +180,7 @@ def main() -> None:
     part = (
         quality(loaded, view, arguments.data, arguments.bytes)
         if arguments.part == "quality"
-        else {"times": speed(loaded, view), "threads": torch.get_num_threads()}
+        else {"times": speed(loaded, view)}
     )
     record.finish({**earlier, arguments.part: part})
     RESULT.write_text(record.to_json())

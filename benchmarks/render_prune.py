@@ -219,8 +219,8 @@ def dynamic_pruning(record: dict[str, Any]) -> str:
     ]
     absolute = (
         f" None: {base['prefill']:.0f} ms for {options['prefill'][0]} sequences of "
-        f"{options['prefill'][1]} tokens, {base['decode']:.1f} ms for a decoded token, fp32, "
-        f"{found['speed']['threads']} threads."
+        f"{options['prefill'][1]} tokens, {base['decode']:.1f} ms for a decoded token, "
+        "fp32."
         if base
         else ""
     )
@@ -233,8 +233,8 @@ def dynamic_pruning(record: dict[str, Any]) -> str:
             f"networks trained for a share K of the choices ({options['steps']} steps of 4 "
             f"sequences of {options['length']} tokens); `chance K` keeps the first and others at "
             "random; `first only` is top 1. Bits per byte on `valid`, mean over domains "
-            f"({options['bytes']:,} bytes of each); times as a share of those without a rule, "
-            f"medians of {options['repeats']}.{absolute} " + machine(record),
+            f"({options['bytes']:,} bytes of each); processor time of one thread as a share of "
+            f"that without a rule, medians of {options['repeats']}.{absolute} " + machine(record),
             table(
                 ["rule", "choices skipped", "bits per byte", "change", "prefill", "decode"], rows
             ),
