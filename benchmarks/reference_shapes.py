@@ -25,16 +25,9 @@ from moekit.core.architecture import meta_model
 from moekit.core.checkpoint import TensorInfo
 from moekit.core.find import find_moe
 from moekit.core.layer_spec import describe_layer
-from moekit.core.packed import (
-    PACKED_FILE,
-    PAGE,
-    CodecChoice,
-    EncodedResident,
-    ExpertParts,
-    PackedHeader,
-    PackedLayer,
-    write_record,
-)
+from moekit.core.load import PACKED_FILE
+from moekit.core.packed import PAGE, CodecChoice, ExpertParts, PackedLayer, write_record
+from moekit.core.packed_header import EncodedResident, PackedHeader
 from moekit.core.packed_resident import encode_matrix, matrix_arrays
 from moekit.core.seeds import generator
 from moekit.core.shards import Shard, plan_shards

@@ -10,6 +10,7 @@ from moekit.core import writer as writer_module
 from moekit.core.errors import UserError
 from moekit.core.memory import PeakMemory
 from moekit.core.pack import pack
+from moekit.core.packed_header import PackedHeader
 from moekit.core.plan import Action, ExpertPlan
 from moekit.core.record import RunRecord
 from moekit.core.view import MoEView
@@ -282,3 +283,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         peaks.append(memory.above_start)
     # Each further layer has 25 MB of experts.
     assert peaks[1] < peaks[0] + 25e6
+
+
+def test_ternary_codes_of_an_older_order_are_refused(tmp_path):
+    pack(saved(wide(), tmp_path / "m"), tmp_path / "p", codec="ternary", group_size=32)
+    path = tmp_path / "p" / "packed.json"
+    content = json.loads(path.read_text())
+    assert content.pop("ternary_order") == 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="older order; convert the model again"):
+        PackedHeader.read(tmp_path / "p")

@@ -10,7 +10,8 @@ from moekit.core.errors import UserError
 from moekit.core.layout import with_num_experts
 from moekit.core.new_experts import encode_expert
 from moekit.core.pack import pack
-from moekit.core.packed import CodecChoice, PackedHeader
+from moekit.core.packed import CodecChoice
+from moekit.core.packed_header import PackedHeader
 from moekit.core.plan import Action, ExpertPlan
 from moekit.core.rewrite import Rewrite
 from moekit.core.spec import spec_from_config, spec_of

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from moekit.bench.workers import Worker
 from moekit.core.errors import UserError
-from moekit.core.packed import PACKED_FILE, PackedHeader
+from moekit.core.load import PACKED_FILE
+from moekit.core.packed_header import PackedHeader
 from moekit.export.gguf import convert_gguf
 from moekit.runtime.pack_cache import cache_directory, packed_copy
 

@@ -135,7 +135,7 @@ def _measure(
 def _forecast(
     directory: Path, codec: str, memory: list[str] | None, threads: int, printed: Output
 ) -> None:
-    from moekit.core.packed import PACKED_FILE
+    from moekit.core.load import PACKED_FILE
     from moekit.runtime.forecast_decode import plan_decode
 
     own = None if (directory / PACKED_FILE).is_file() else codec

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from moekit.core.architecture import read_config
 from moekit.core.checkpoint import INDEX_FILE
 from moekit.core.errors import UserError
-from moekit.core.packed import PACKED_FILE
+from moekit.core.load import PACKED_FILE
 from moekit.core.record import RECORD_FILE
 
 # Everything else in a model's directory is left out: pickles can run code, other weight formats

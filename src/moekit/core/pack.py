@@ -24,13 +24,10 @@ from moekit.core.deferred import Deferred
 from moekit.core.errors import UserError
 from moekit.core.expert_source import expert_sources
 from moekit.core.layout import FUSED
+from moekit.core.load import PACKED_FILE
 from moekit.core.pack_records import PackedSource, records
-from moekit.core.packed import (
-    PACKED_FILE,
-    PAGE,
-    CodecChoice,
-    PackedHeader,
-)
+from moekit.core.packed import PAGE, CodecChoice
+from moekit.core.packed_header import PackedHeader
 from moekit.core.packed_resident import encoded_parts
 from moekit.core.plan import ExpertPlan
 from moekit.core.registry import register

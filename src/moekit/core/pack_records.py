@@ -18,7 +18,8 @@ from moekit.core.errors import UserError
 from moekit.core.expert_source import ExpertSource
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.new_experts import MATRICES, NEURON_AXIS, pad_width
-from moekit.core.packed import CodecChoice, ExpertParts, PackedHeader, PackedLayer, write_record
+from moekit.core.packed import CodecChoice, ExpertParts, PackedLayer, write_record
+from moekit.core.packed_header import PackedHeader
 from moekit.core.plan import ExpertPlan
 from moekit.ops.codecs import Codec, Part
 

@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from moekit.core.architecture import meta_model
 from moekit.core.deferred import Deferred, Region
 from moekit.core.find import find_moe
-from moekit.core.packed import ALIGN, CodecChoice, EncodedResident, StoredArray
+from moekit.core.packed import ALIGN, CodecChoice, StoredArray
+from moekit.core.packed_header import EncodedResident
 from moekit.ops.codecs import Encoded, Part
 from moekit.ops.codecs.tiles import TILE_ROWS
 

@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 
 from moekit.core.architecture import read_config
 from moekit.core.cache_score import policy as score_of
+from moekit.core.load import PACKED_FILE
 from moekit.core.machine import available_memory, charged_memory
 from moekit.core.memory import part_bytes
-from moekit.core.packed import PACKED_FILE, PackedHeader
+from moekit.core.packed_header import PackedHeader
 from moekit.core.spec import MoESpec
 from moekit.ops import native
 from moekit.ops.native.formats import plain_format

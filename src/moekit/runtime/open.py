@@ -11,10 +11,9 @@ import torch
 from moekit.core.architecture import read_config
 from moekit.core.checkpoint import Checkpoint
 from moekit.core.errors import UserError
-from moekit.core.load import find_config, find_model, load, resolve_model
+from moekit.core.load import PACKED_FILE, find_config, find_model, load, resolve_model
 from moekit.core.machine import available_memory
 from moekit.core.memory import bytes_of, format_bytes
-from moekit.core.packed import PACKED_FILE
 from moekit.core.spec import MoESpec
 from moekit.runtime.context import context_length
 from moekit.runtime.device.device import open_device

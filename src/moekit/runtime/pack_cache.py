@@ -14,7 +14,7 @@ from pathlib import Path
 from moekit.core.checkpoint import Checkpoint
 from moekit.core.errors import UserError
 from moekit.core.pack import pack
-from moekit.core.packed import ENCODED_VERSION, PLAIN_VERSION
+from moekit.core.packed_header import ENCODED_VERSION, PLAIN_VERSION
 from moekit.core.write_model import state_of
 
 FOLDER = "packed"

@@ -21,15 +21,8 @@ from torch import Tensor
 
 from moekit.core.checkpoint import Checkpoint, TensorInfo, read_header
 from moekit.core.errors import UserError
-from moekit.core.packed import (
-    PAGE,
-    EncodedResident,
-    ExpertParts,
-    PackedHeader,
-    PackedLayer,
-    check_record,
-    read_parts,
-)
+from moekit.core.packed import PAGE, ExpertParts, PackedLayer, check_record, read_parts
+from moekit.core.packed_header import EncodedResident, PackedHeader
 from moekit.core.packed_resident import decoded, matrix_arrays
 from moekit.ops import native
 from moekit.runtime.pages import page_aligned

@@ -24,15 +24,10 @@ from torch import Tensor
 
 from moekit.core.checkpoint import read_header, read_json
 from moekit.core.errors import UserError
+from moekit.core.load import PACKED_FILE
 from moekit.core.memory import format_bytes
-from moekit.core.packed import (
-    PACKED_FILE,
-    ExpertParts,
-    PackedHeader,
-    check_record,
-    read_parts,
-    write_record,
-)
+from moekit.core.packed import ExpertParts, check_record, read_parts, write_record
+from moekit.core.packed_header import PackedHeader
 from moekit.core.writer import check_output
 from moekit.ops.codecs import Encoded
 from moekit.ops.codecs.ternary_rows import TernaryRowsCodec
