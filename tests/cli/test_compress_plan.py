@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from moekit.core.load import load
 from moekit.core.plan import Action, ExpertPlan
+from tests.export.gguf_check import save
 from tests.models import write_tiny_model
 
 
@@ -87,3 +88,14 @@ def test_bits_take_a_codec_in_every_format(moekit, refused, tiny, tmp_path):
     assert "--codec does not apply to --to fused" in refused(*args, "--codec", "int8")
     moekit(*args, "--codec", "int8", "--plan", plan)
     assert (tmp_path / "out" / "plan" / "plan.json").is_file()
+
+
+def test_a_gguf_file_has_its_card_and_plan_beside_it(moekit, tmp_path):
+    save("qwen3_moe", tmp_path / "model")
+    plan = ExpertPlan({i: {1: Action(drop=True)} for i in range(3)})
+    plan.save(tmp_path / "plan.json")
+    out = tmp_path / "x.gguf"
+    moekit("convert", tmp_path / "model", out, "--to", "gguf", "--plan", tmp_path / "plan.json")
+    card = (tmp_path / "x.gguf.md").read_text()
+    assert "--gguf-type f16 --plan x.gguf.plan.json" in card
+    assert ExpertPlan.load(tmp_path / "x.gguf.plan.json") == plan

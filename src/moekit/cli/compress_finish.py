@@ -141,9 +141,10 @@ def _complete(
     found: dict[str, Any],
 ) -> None:
     """Write what is only known now into the record and the card beside the output."""
-    from moekit.core.model_card import CARD_FILE, ModelCard, read_card
+    from moekit.core.model_card import CARD_FILE, PLAN_DIRECTORY, ModelCard, read_card
+    from moekit.core.plan import PLAN_FILE
     from moekit.core.record import RECORD_FILE, RunRecord
-    from moekit.export.gguf import CARD_SUFFIX, RECORD_SUFFIX
+    from moekit.export.gguf import CARD_SUFFIX, PLAN_SUFFIX, RECORD_SUFFIX
 
     assert to.out is not None
     gguf = to.formats.to is Format.gguf
@@ -166,6 +167,7 @@ def _complete(
         result.notes,
         data,
         numbers,
+        to.out.name + PLAN_SUFFIX if gguf else f"{PLAN_DIRECTORY}/{PLAN_FILE}",
     )
     paths[1].write_text(card.text(read_card(to.source)), encoding="utf-8")
     note(f"record and model card: {paths[0]}, {paths[1]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.core.memory import format_bytes
-from moekit.core.plan import ExpertPlan
+from moekit.core.plan import PLAN_FILE, ExpertPlan
 
 CARD_FILE = "README.md"
 PLAN_DIRECTORY = "plan"
@@ -22,7 +22,8 @@ END = "<!-- moekit: end -->"
 class ModelCard:
     """What a card says: the source model, the command, the plan, bytes (before, after), notes.
 
-    `data` are the settings of the calibration and `numbers` measured results, both by name.
+    `data` are the settings of the calibration and `numbers` measured results, both by name;
+    `plan_at` is where the plan lies beside the card.
     """
 
     source: str
@@ -32,6 +33,7 @@ class ModelCard:
     notes: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    plan_at: str = f"{PLAN_DIRECTORY}/{PLAN_FILE}"
 
     def text(self, original: str = "") -> str:
         """The card as Markdown, above the `original` model's own card."""
@@ -48,7 +50,7 @@ class ModelCard:
             "",
             "## Plan",
             "",
-            f"Also as JSON in `{PLAN_DIRECTORY}/`.",
+            f"Also as JSON in `{self.plan_at}`.",
             "",
             "```",
             self.plan.table(),

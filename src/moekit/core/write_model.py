@@ -133,6 +133,9 @@ def plan_files(
     if plan is None:
         return {}
     command = ["moekit", "convert", str(source), str(result.out), "--to", str(options["to"])]
+    for name in ("codec", "group_size", "resident_codec", "dtype"):
+        if options.get(name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(options[name])]
     sizes = (result.source_bytes, result.bytes)
     card = ModelCard(
         str(source), shlex.join([*command, "--plan", PLAN_FILE]), plan, sizes, result.notes

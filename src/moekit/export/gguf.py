@@ -27,7 +27,7 @@ from moekit.core.layout import PER_EXPERT
 from moekit.core.memory import format_bytes
 from moekit.core.model_card import ModelCard, read_card
 from moekit.core.packed import CodecChoice
-from moekit.core.plan import PLAN_FILE, ExpertPlan
+from moekit.core.plan import ExpertPlan
 from moekit.core.record import FileHash, start_record
 from moekit.core.registry import register
 from moekit.core.rewrite import Rewrite
@@ -42,6 +42,7 @@ PIECE_BYTES = 16 * 2**20
 SUFFIX = ".partial"
 RECORD_SUFFIX = ".record.json"
 CARD_SUFFIX = ".md"
+PLAN_SUFFIX = ".plan.json"
 
 
 @dataclass
@@ -151,10 +152,18 @@ def convert_gguf(
         if plan is not None:
             sizes = (result.source_bytes, result.bytes)
             command = ["moekit", "convert", str(source), str(target), "--to", "gguf"]
-            command += ["--plan", PLAN_FILE]
-            card = ModelCard(str(source), shlex.join(command), plan, sizes, result.notes)
+            plan_at = target.with_name(target.name + PLAN_SUFFIX)
+            command += ["--gguf-type", gguf_type, "--plan", plan_at.name]
+            card = ModelCard(
+                str(source),
+                shlex.join(command),
+                plan,
+                sizes,
+                result.notes,
+                plan_at=plan_at.name,
+            )
             target.with_name(target.name + CARD_SUFFIX).write_text(card.text(read_card(source)))
-            plan.save(target.with_name(target.name + ".plan.json"))
+            plan.save(plan_at)
     result.seconds = record.seconds
     if note is not None:
         for line in result.notes:
