@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from moekit.core.checkpoint import Checkpoint, read_json
 from moekit.core.deferred import Deferred
 from moekit.core.dequant import dequantize, quantization_of
 from moekit.core.errors import UserError
-from moekit.core.layout import deferred_tensors, to_model
+from moekit.core.layout import PER_EXPERT, ModelTensors, deferred_tensors, to_model
 
 LAYER = re.compile(
     r"^(?P<before>(?:.*?\.)?(?:layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..+)$"
@@ -43,8 +43,9 @@ class MergeSource:
 class MergeSources:
     """Context manager that opens the models of a merge.
 
-    Where all hold the same names they keep them; where one is stored in another layout, all go by
-    the names of the model's parameters. Raises `UserError` for models of different families.
+    Where all hold the same names they keep them; where one is stored in another layout, or expert
+    by expert, all go by the names of the model's parameters: what a method makes of a tensor must
+    not depend on how it was stored. Raises `UserError` for models of different families.
     """
 
     def __init__(self, names: Iterable[str], find: Callable[[str], Path]) -> None:
@@ -59,8 +60,13 @@ class MergeSources:
                 self.by_name[name] = self._opened(name)
             self._check_families()
             found = [set(source.tensors) for source in self.by_name.values()]
-            if any(names != found[0] for names in found):
-                self.by_name = {n: _as_parameters(source) for n, source in self.by_name.items()}
+            mapped = {name: _mapped(source) for name, source in self.by_name.items()}
+            by_expert = any(tensors.layout == PER_EXPERT for tensors in mapped.values())
+            if by_expert or any(names != found[0] for names in found):
+                self.by_name = {
+                    name: replace(source, tensors=mapped[name].tensors)
+                    for name, source in self.by_name.items()
+                }
         except BaseException:
             self._stack.close()
             raise
@@ -97,11 +103,8 @@ class MergeSources:
                 )
 
 
-def _as_parameters(source: MergeSource) -> MergeSource:
-    mapped = to_model(source.tensors, meta_model(source.config))
-    return MergeSource(
-        source.name, source.directory, source.raw, source.config, source.checkpoint, mapped.tensors
-    )
+def _mapped(source: MergeSource) -> ModelTensors:
+    return to_model(source.tensors, meta_model(source.config))
 
 
 def layer_of_name(name: str) -> tuple[str, int, str] | None:
