@@ -31,12 +31,12 @@ def verdict(better: dict[int, Row], worse: dict[int, Row]) -> tuple[str, str]:
     """What equal seeds say of "better loses less than worse", and the differences."""
     seeds = sorted(better.keys() & worse.keys())
     gains = [mean_of(worse[seed]) - mean_of(better[seed]) for seed in seeds]
-    numbers = ", ".join(f"{gain:+.3f}" for gain in gains) or "not measured"
+    numbers = ", ".join(f"{gain:+.3f}" for gain in gains)
     if len(gains) > 1 and all(gain > 0 for gain in gains):
         return "**reproduced**", numbers
     if len(gains) > 1 and all(gain < 0 for gain in gains):
         return "**refuted**", numbers
-    return "**cannot be seen**", numbers
+    return "**cannot be seen**" if gains else "not measured", numbers
 
 
 def compress_prune(record: dict[str, Any]) -> str:
@@ -80,7 +80,7 @@ def compress_prune(record: dict[str, Any]) -> str:
         f"domains ({options['bytes']:,} bytes of each, windows of {options['context']} tokens), "
         f"mean ± standard deviation over {options['seeds']} calibrations of "
         f"{options['calibration']:,} tokens of `train`, an equal share of each domain, drawn by "
-        "seed. Nothing is trained afterwards. All experts: "
+        "seed (without ±: one of them). Nothing is trained afterwards. All experts: "
         f"{full:.3f}. *Own domain*: half of the experts, chosen for each domain on its part of the "
         f"calibration ({options['calibration'] // len(domains):,} tokens) and measured on it "
         "alone. *Global*: half of the experts of all layers together, by one threshold. `dern` "
