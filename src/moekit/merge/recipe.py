@@ -7,6 +7,8 @@ mergekit's keys mean what they mean there: exactly one of `models` or `slices`; 
 - a slice may have a `merge_method` and `parameters` of its own;
 - `rules`: a list of {filter, merge_method, parameters}: the first whose filter is part of the name
   of a tensor decides how that tensor is merged;
+- `align: experts`: the experts and neurons of MoE models come into the order of the base's, or the
+  first model's, before they are merged (`align_experts`);
 - `steps`: a list of recipes with a `name` each; later ones may use the names as models.
 """
 
@@ -21,7 +23,9 @@ from typing import Any
 from moekit.core.errors import UserError
 
 DIALECTS = ("mergekit", "paper")
+ALIGNMENTS = ("experts",)
 KEYS = {
+    "align",
     "base_model",
     "chat_template",
     "dialect",
@@ -77,11 +81,17 @@ class MergeRecipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     dialect: str = "mergekit"
+    align: str | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: Any = None
     chat_template: str | None = None
     name: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """The base, or else the first model: what others are aligned to, and the config's donor."""
+        return self.base or self.slices[0].sources[0].model
 
     @property
     def models(self) -> list[str]:
@@ -136,6 +146,9 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
     dialect = raw.get("dialect", "mergekit")
     if dialect not in DIALECTS:
         raise UserError(f"{where}: dialect {dialect!r}; there are {' and '.join(DIALECTS)}.")
+    align = raw.get("align")
+    if align is not None and align not in ALIGNMENTS:
+        raise UserError(f"{where}: align {align!r}; there is {', '.join(ALIGNMENTS)}.")
     if "models" in raw:
         sources = tuple(
             _source(one, f"{where}: models[{n}]") for n, one in _items(raw, "models", where)
@@ -161,6 +174,7 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
         parameters=_parameters(raw, where),
         rules=rules,
         dialect=dialect,
+        align=align,
         dtype=raw.get("dtype"),
         out_dtype=raw.get("out_dtype"),
         tokenizer=raw.get("tokenizer", raw.get("tokenizer_source")),

@@ -17,6 +17,7 @@ from moekit.core.model_files import side_files
 from moekit.core.record import RECORD_FILE, FileHash, start_record
 from moekit.core.write_model import state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
+from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, result_layers
 from moekit.merge.recipe import MergeRecipe
 from moekit.merge.sources import MergeSource, MergeSources
@@ -64,7 +65,10 @@ def merge(
     def find(name: str) -> Path:
         return names[name] if names and name in names else find_model(name)
 
-    with MergeSources(recipe.models, find) as sources:
+    aligned = recipe.align is not None
+    with MergeSources(recipe.models, find, by_parameter=aligned) as sources:
+        if aligned and not dry_run:
+            _align(recipe, sources, target.absolute().parent)
         tensors = plan_merge(recipe, sources, seed)
         donor = _donor(recipe, sources)
         result = Merged(
@@ -124,7 +128,14 @@ def _donor(recipe: MergeRecipe, sources: MergeSources) -> MergeSource:
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, str) and tokenizer in sources.by_name:
         return sources[tokenizer]
-    return sources[recipe.base or recipe.slices[0].sources[0].model]
+    return sources[recipe.reference]
+
+
+def _align(recipe: MergeRecipe, sources: MergeSources, scratch: Path) -> None:
+    reference = sources[recipe.reference]
+    for name, source in sources.by_name.items():
+        if source is not reference:
+            sources.by_name[name] = align_experts(source, reference, scratch)
 
 
 def _write_tensors(

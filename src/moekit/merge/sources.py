@@ -45,11 +45,15 @@ class MergeSources:
 
     Where all hold the same names they keep them; where one is stored in another layout, or expert
     by expert, all go by the names of the model's parameters: what a method makes of a tensor must
-    not depend on how it was stored. Raises `UserError` for models of different families.
+    not depend on how it was stored. `by_parameter` has them always go by those. Raises
+    `UserError` for models of different families.
     """
 
-    def __init__(self, names: Iterable[str], find: Callable[[str], Path]) -> None:
+    def __init__(
+        self, names: Iterable[str], find: Callable[[str], Path], *, by_parameter: bool = False
+    ) -> None:
         self._names = list(dict.fromkeys(names))
+        self._by_parameter = by_parameter
         self._find = find
         self._stack = ExitStack()
         self.by_name: dict[str, MergeSource] = {}
@@ -62,7 +66,7 @@ class MergeSources:
             found = [set(source.tensors) for source in self.by_name.values()]
             mapped = {name: _mapped(source) for name, source in self.by_name.items()}
             by_expert = any(tensors.layout == PER_EXPERT for tensors in mapped.values())
-            if by_expert or any(names != found[0] for names in found):
+            if self._by_parameter or by_expert or any(names != found[0] for names in found):
                 self.by_name = {
                     name: replace(source, tensors=mapped[name].tensors)
                     for name, source in self.by_name.items()
