@@ -37,11 +37,13 @@ LIMIT = 3e9
 SAMPLES = 24
 
 PRUNE = """
-import sys
+import sys, time
 from moekit.core.convert import convert
 print("imported", flush=True)
 sys.stdin.readline()
+start = time.process_time()
 convert(sys.argv[1], sys.argv[2], "per-expert", sys.argv[3])
+open(sys.argv[2] + ".cpu", "w").write(str(time.process_time() - start))
 print("converted", flush=True)
 sys.stdin.readline()
 """
@@ -51,11 +53,12 @@ ROUND = PRUNE.replace("core.convert import convert", "core.pack import pack").re
 )
 # As many bytes as a run reads and writes, made durable as often as the writer does.
 YARDSTICK = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from moekit.core.writer import JOURNAL_BYTES
 print("imported", flush=True)
 sys.stdin.readline()
+start = time.process_time()
 left_to_read, left_to_write = map(int, sys.argv[3].split(","))
 ratio = left_to_write / left_to_read
 block, owed, unsynced = bytearray(2**26), 0.0, 0
@@ -75,6 +78,7 @@ with open(sys.argv[2], "wb", buffering=0) as out:
                     os.fsync(out.fileno())
                     unsynced = 0
     os.fsync(out.fileno())
+open(sys.argv[2] + ".cpu", "w").write(str(time.process_time() - start))
 print("converted", flush=True)
 sys.stdin.readline()
 """
@@ -148,6 +152,11 @@ def check_rounded(source: Path, packed: Path) -> int:
     return SAMPLES
 
 
+def cpu_seconds(out: Path) -> float:
+    """Processor time of the run that wrote `out`."""
+    return round(float(out.with_name(out.name + ".cpu").read_text()), 1)
+
+
 def size_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
@@ -182,9 +191,11 @@ def main() -> None:
             (work / "bytes").unlink()
             runs[name] = {
                 **run,
+                "cpu_seconds": cpu_seconds(work / "out"),
                 "bytes_read": read,
                 "bytes_written": written,
                 "yardstick_seconds": yardstick["seconds"],
+                "yardstick_cpu_seconds": cpu_seconds(work / "bytes"),
             }
             print(json.dumps({name: runs[name]}), flush=True)
     finally:

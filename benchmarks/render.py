@@ -333,7 +333,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run_forecast": run_forecast,
     "serve_streams": serve_streams,
     "compress_apply": compress_apply,
-    "compress_apply_quiet": compress_apply,
+    "compress_apply_small": compress_apply,
     "compress_gguf": compress_gguf,
     "compress_prune": compress_prune,
     "compress_condense": compress_condense,

@@ -16,16 +16,21 @@ def compress_apply(record: dict[str, Any]) -> str:
     found = record["metrics"]
     rows = [
         [
-            name,
+            title,
             f"{run['rss_anon_peak'] / 1e6:.0f}",
             f"{run['bytes_read'] / 1e9:.2f}",
             f"{run['bytes_written'] / 1e9:.2f}",
             f"{run['seconds']:.0f}",
             f"{run['yardstick_seconds']:.0f}",
+            *(
+                f"{run[name]:.0f}" if name in run else "-"
+                for name in ("cpu_seconds", "yardstick_cpu_seconds")
+            ),
         ]
-        for name, run in found["runs"].items()
+        for title, run in found["runs"].items()
     ]
     header = ["run", "peak MB", "GB read", "GB written", "seconds", "bytes alone, seconds"]
+    header += ["CPU seconds", "bytes alone, CPU seconds"]
     return "\n\n".join(
         [
             "## Applying plans in constant memory",
