@@ -8,6 +8,8 @@ from tables import machine, table
 WEIGHTS = 3 * 128 * 256
 # Bits per byte below which two results count as the same.
 SMALLEST = 0.002
+# The key of the one run of what needs no text.
+NO_SEED = "-1"
 UNIFORM = ("int4-zp", "int3-zp", "int2-zp")
 
 # Claim, paper, (worse, better) cases that it orders.
@@ -89,7 +91,9 @@ def compress_quantize(record: dict[str, Any]) -> str:
         ]
     parts += _domains(cases, found["plain"]["quality"]["bits_per_byte"])
     verdicts = [
-        _verdict(*claim, cases) for claim in CLAIMS if claim[2] in cases and claim[3] in cases
+        _verdict(*claim, found["cases"])
+        for claim in CLAIMS
+        if claim[2] in cases and claim[3] in cases
     ]
     parts += [
         "Does each paper's order show here? Differences of added bits per byte between the worse "
@@ -138,16 +142,16 @@ def _domains(cases: dict[str, Any], plain: dict[str, float]) -> list[str]:
 
 
 def _verdict(
-    claim: str, paper: str, worse: str, better: str, cases: dict[str, list[dict[str, Any]]]
+    claim: str, paper: str, worse: str, better: str, cases: dict[str, dict[str, Any]]
 ) -> list[str]:
     one, two = cases[worse], cases[better]
-    # What needs no text has one run, which stands beside each of the others.
-    count = max(len(one), len(two)) if 1 in (len(one), len(two)) else min(len(one), len(two))
-    gaps = [
-        one[min(i, len(one) - 1)]["quality"]["mean"] - two[min(i, len(two) - 1)]["quality"]["mean"]
-        for i in range(count)
-    ]
-    if count < 2:
+    # What needs no text has one run, which stands beside every run of the other.
+    seeds = sorted({*one, *two} - {NO_SEED}) or [NO_SEED]
+    pairs = [(one.get(NO_SEED) or one.get(s), two.get(NO_SEED) or two.get(s)) for s in seeds]
+    gaps = [a["quality"]["mean"] - b["quality"]["mean"] for a, b in pairs if a and b]
+    if not gaps:
+        return [f"{claim} ({paper})", "**not measured**", ""]
+    if len(gaps) < 2:
         verdict = "one run only"
     elif all(gap > SMALLEST for gap in gaps):
         verdict = "reproduced"
