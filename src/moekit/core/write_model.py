@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from moekit.core.apply_plan import ResultLayer
 from moekit.core.checkpoint import Checkpoint, TensorInfo
@@ -16,12 +18,21 @@ from moekit.core.deferred import Deferred
 from moekit.core.model_card import CARD_FILE, PLAN_DIRECTORY, ModelCard, read_card
 from moekit.core.model_files import side_files
 from moekit.core.plan import PLAN_FILE, TENSORS_SUFFIX, ExpertPlan
-from moekit.core.record import RECORD_FILE, FileHash, start_record
+from moekit.core.record import RECORD_FILE, FileHash, RunRecord, start_record
 from moekit.core.shards import Shard
 from moekit.core.writer import CheckpointWriter
 
 # Read plus write on one slow disk; only for the forecast of a dry run.
 ASSUMED_BYTES_PER_SECOND = 200e6
+
+
+class Written(Protocol):
+    """A tensor that is written rows by rows: from row `first` on (row, rows from there), in order.
+
+    `Deferred` is one.
+    """
+
+    def pieces(self, first: int = 0) -> Iterator[tuple[int, Tensor]]: ...
 
 
 @dataclass
@@ -100,30 +111,56 @@ def write_model(
     if record is None:
         result.seconds = (result.bytes + result.source_bytes) / ASSUMED_BYTES_PER_SECOND
         return result
-    with writer:
-        result.resumed_bytes = writer.resumed_bytes
-        if writer.resumed_bytes and note is not None:
-            note(writer.resume_note())
-        _write_tensors(writer, work.tensors, progress)
-        for name, path in copied.items():
-            writer.write_file(name, path.read_bytes())
-        writer.write_file("config.json", json.dumps(work.config, indent=2) + "\n")
-        if header is not None:
-            writer.write_file(*header(writer.shard_paths()))
-        for name, content in plan_files(plan, source, options, result).items():
-            writer.write_file(name, content)
-        record.inputs = [FileHash.of(path) for path in checkpoint.files]
-        record.finish(
-            {"bytes": result.bytes, "tensors": result.tensors},
-            [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
-        )
-        writer.write_file(RECORD_FILE, record.to_json())
-        writer.commit()
+
+    def files(shards: Mapping[str, Path]) -> dict[str, str | bytes]:
+        found: dict[str, str | bytes] = {name: path.read_bytes() for name, path in copied.items()}
+        found["config.json"] = json.dumps(work.config, indent=2) + "\n"
+        found |= {} if header is None else dict([header(shards)])
+        return found | plan_files(plan, source, options, result)
+
+    result.resumed_bytes = fill(
+        writer, work.tensors, files, record, checkpoint.files, progress=progress, note=note
+    )
     result.seconds = record.seconds
     if note is not None:
         for line in result.notes:
             note(line)
     return result
+
+
+def fill(
+    writer: CheckpointWriter,
+    tensors: Mapping[str, Written],
+    files: Callable[[Mapping[str, Path]], Mapping[str, str | bytes]],
+    record: RunRecord,
+    inputs: Iterable[Path],
+    *,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> int:
+    """Write `tensors`, other files and the record with `writer`, and make the result appear.
+
+    `files` gives name -> content from the finished shards (name -> path); `inputs` are the files
+    that the record names as read. Returns the bytes that an interrupted run had left.
+    """
+    with writer:
+        if writer.resumed_bytes and note is not None:
+            note(writer.resume_note())
+        for name, first in writer.pending():
+            for row, piece in tensors[name].pieces(first):
+                writer.write_rows(name, row, piece)
+                if progress is not None:
+                    progress(writer.written_bytes, writer.total_bytes)
+        for name, content in files(writer.shard_paths()).items():
+            writer.write_file(name, content)
+        record.inputs = [FileHash.of(path) for path in inputs]
+        record.finish(
+            {"bytes": writer.total_bytes, "tensors": len(tensors)},
+            [FileHash.of(path, name) for name, path in writer.shard_paths().items()],
+        )
+        writer.write_file(RECORD_FILE, record.to_json())
+        writer.commit()
+    return writer.resumed_bytes
 
 
 def plan_files(
@@ -155,15 +192,3 @@ def state_of(checkpoint: Checkpoint) -> str:
     files = [*checkpoint.files, checkpoint.directory / "config.json"]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
-def _write_tensors(
-    writer: CheckpointWriter,
-    tensors: Mapping[str, Deferred],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    for name, first in writer.pending():
-        for row, piece in tensors[name].pieces(first):
-            writer.write_rows(name, row, piece)
-            if progress is not None:
-                progress(writer.written_bytes, writer.total_bytes)

@@ -13,9 +13,10 @@ from typing import Any
 from moekit.core.checkpoint import TensorInfo
 from moekit.core.errors import UserError
 from moekit.core.load import find_model
+from moekit.core.model_card import CARD_FILE
 from moekit.core.model_files import side_files
-from moekit.core.record import RECORD_FILE, FileHash, start_record
-from moekit.core.write_model import state_of
+from moekit.core.record import start_record
+from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, result_layers
@@ -93,19 +94,15 @@ def merge(
             overwrite=overwrite,
             restart=restart,
         )
-        with writer:
-            result.resumed_bytes = writer.resumed_bytes
-            if writer.resumed_bytes and note is not None:
-                note(writer.resume_note())
-            _write_tensors(writer, tensors, progress)
-            _write_files(writer, recipe, sources, donor, tensors)
-            record.inputs = [
-                FileHash.of(path) for s in sources.by_name.values() for path in s.checkpoint.files
-            ]
-            files = [FileHash.of(path, name) for name, path in writer.shard_paths().items()]
-            record.finish({"bytes": result.bytes, "tensors": result.tensors}, files)
-            writer.write_file(RECORD_FILE, record.to_json())
-            writer.commit()
+        result.resumed_bytes = fill(
+            writer,
+            tensors,
+            lambda _: _files(recipe, sources, donor, tensors),
+            record,
+            [path for source in sources.by_name.values() for path in source.checkpoint.files],
+            progress=progress,
+            note=note,
+        )
         result.seconds = record.seconds
     return result
 
@@ -138,33 +135,20 @@ def _align(recipe: MergeRecipe, sources: MergeSources, scratch: Path) -> None:
             sources.by_name[name] = align_experts(source, reference, scratch)
 
 
-def _write_tensors(
-    writer: CheckpointWriter,
-    tensors: Mapping[str, MergedTensor],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    for name, first in writer.pending():
-        for row, piece in tensors[name].pieces(first):
-            writer.write_rows(name, row, piece)
-            if progress is not None:
-                progress(writer.written_bytes, writer.total_bytes)
-
-
-def _write_files(
-    writer: CheckpointWriter,
+def _files(
     recipe: MergeRecipe,
     sources: MergeSources,
     donor: MergeSource,
     tensors: Mapping[str, MergedTensor],
-) -> None:
+) -> dict[str, str | bytes]:
+    """What lies beside the tensors, by name."""
     copied, _ = side_files(donor.directory)
-    for name, path in copied.items():
-        if name != "README.md":
-            writer.write_file(name, path.read_bytes())
+    files: dict[str, str | bytes] = {name: path.read_bytes() for name, path in copied.items()}
     config = merged_config(recipe, sources, donor, tensors)
-    writer.write_file("config.json", json.dumps(config, indent=2) + "\n")
-    writer.write_file(RECIPE_FILE, json.dumps(recipe_dict(recipe), indent=2) + "\n")
-    writer.write_file("README.md", model_card(recipe))
+    files["config.json"] = json.dumps(config, indent=2) + "\n"
+    files[RECIPE_FILE] = json.dumps(recipe_dict(recipe), indent=2) + "\n"
+    files[CARD_FILE] = model_card(recipe)
+    return files
 
 
 def merged_config(
