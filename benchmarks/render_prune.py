@@ -80,8 +80,8 @@ def compress_prune(record: dict[str, Any]) -> str:
         f"domains ({options['bytes']:,} bytes of each, windows of {options['context']} tokens), "
         f"mean ± standard deviation over {options['seeds']} calibrations of "
         f"{options['calibration']:,} tokens of `train`, an equal share of each domain, drawn by "
-        "seed (without ±: one of them). Nothing is trained afterwards. All experts: "
-        f"{full:.3f}. *Own domain*: half of the experts, chosen for each domain on its part of the "
+        f"seed ({_incomplete(scores, options['seeds'])}). Nothing is trained afterwards. "
+        f"All experts: {full:.3f}. *Own domain*: half of the experts, chosen for each domain on its part of the "
         f"calibration ({options['calibration'] // len(domains):,} tokens) and measured on it "
         "alone. *Global*: half of the experts of all layers together, by one threshold. `dern` "
         "orders experts as `gate-mass` does. " + machine(record),
@@ -99,6 +99,17 @@ def compress_prune(record: dict[str, Any]) -> str:
         _retrieval(found),
     ]
     return "\n\n".join(parts)
+
+
+def _incomplete(scores: list[Row], seeds: int) -> str:
+    """Which cells of the table lack a seed."""
+    cells = dict.fromkeys((row["method"], row["ratio"]) for row in scores)
+    few = [
+        f"{method} at {ratio:.0%}"
+        for method, ratio in cells
+        if len(where(scores, method=method, ratio=ratio)) < seeds
+    ]
+    return f"one fewer for {', '.join(few)}" if few else "all of them in every cell"
 
 
 def _claims(found: dict[str, Any]) -> list[list[str]]:
