@@ -81,7 +81,8 @@ def compress_prune(record: dict[str, Any]) -> str:
         f"mean ± standard deviation over {options['seeds']} calibrations of "
         f"{options['calibration']:,} tokens of `train`, an equal share of each domain, drawn by "
         f"seed ({_incomplete(scores, options['seeds'])}). Nothing is trained afterwards. "
-        f"All experts: {full:.3f}. *Own domain*: half of the experts, chosen for each domain on its part of the "
+        f"All experts: {full:.3f}. *Own domain*: half of the experts, chosen for each domain on "
+        "its part of the "
         f"calibration ({options['calibration'] // len(domains):,} tokens) and measured on it "
         "alone. *Global*: half of the experts of all layers together, by one threshold. `dern` "
         "orders experts as `gate-mass` does. " + machine(record),
