@@ -146,11 +146,7 @@ def fill(
     with writer:
         if writer.resumed_bytes and note is not None:
             note(writer.resume_note())
-        for name, first in writer.pending():
-            for row, piece in tensors[name].pieces(first):
-                writer.write_rows(name, row, piece)
-                if progress is not None:
-                    progress(writer.written_bytes, writer.total_bytes)
+        _write_tensors(writer, tensors, progress)
         for name, content in files(writer.shard_paths()).items():
             writer.write_file(name, content)
         record.inputs = [FileHash.of(path) for path in inputs]
@@ -192,3 +188,15 @@ def state_of(checkpoint: Checkpoint) -> str:
     files = [*checkpoint.files, checkpoint.directory / "config.json"]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def _write_tensors(
+    writer: CheckpointWriter,
+    tensors: Mapping[str, Written],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    for name, first in writer.pending():
+        for row, piece in tensors[name].pieces(first):
+            writer.write_rows(name, row, piece)
+            if progress is not None:
+                progress(writer.written_bytes, writer.total_bytes)
