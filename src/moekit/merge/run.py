@@ -22,6 +22,7 @@ from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, result_layers
 from moekit.merge.recipe import MergeRecipe
 from moekit.merge.sources import MergeSource, MergeSources
+from moekit.merge.vocabulary import Vocabulary, common_vocabulary, with_vocabulary
 
 RECIPE_FILE = "moekit_merge.json"
 
@@ -66,9 +67,13 @@ def merge(
     def find(name: str) -> Path:
         return names[name] if names and name in names else find_model(name)
 
-    aligned = recipe.align is not None
-    with MergeSources(recipe.models, find, by_parameter=aligned) as sources:
-        if aligned and not dry_run:
+    by_parameter = recipe.align is not None or recipe.tokenizer is not None
+    with MergeSources(recipe.models, find, by_parameter=by_parameter) as sources:
+        vocabulary = None
+        if recipe.tokenizer is not None:
+            vocabulary = common_vocabulary(recipe, sources)
+            with_vocabulary(sources, vocabulary)
+        if recipe.align is not None and not dry_run:
             _align(recipe, sources, target.absolute().parent)
         tensors = plan_merge(recipe, sources, seed)
         donor = _donor(recipe, sources)
@@ -97,7 +102,7 @@ def merge(
         result.resumed_bytes = fill(
             writer,
             tensors,
-            lambda _: _files(recipe, sources, donor, tensors),
+            lambda _: _files(recipe, sources, donor, tensors, vocabulary),
             record,
             [path for source in sources.by_name.values() for path in source.checkpoint.files],
             progress=progress,
@@ -140,11 +145,17 @@ def _files(
     sources: MergeSources,
     donor: MergeSource,
     tensors: Mapping[str, MergedTensor],
+    vocabulary: Vocabulary | None,
 ) -> dict[str, str | bytes]:
     """What lies beside the tensors, by name."""
     copied, _ = side_files(donor.directory)
     files: dict[str, str | bytes] = {name: path.read_bytes() for name, path in copied.items()}
     config = merged_config(recipe, sources, donor, tensors)
+    if vocabulary is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = vocabulary.size
+        files |= vocabulary.files()
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     files[RECIPE_FILE] = json.dumps(recipe_dict(recipe), indent=2) + "\n"
     files[CARD_FILE] = model_card(recipe)
