@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moekit.core.load import load
 from moekit.core.writer import CheckpointWriter
@@ -46,7 +46,13 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_average_loads_in_transformers(moekit, twins, tmp_path) -> None:
-    recipe = write(tmp_path / "r.yaml", merge_method="linear", models=models(twins, weight=1.0))
+    template = "{{ messages[0]['content'] }}"
+    recipe = write(
+        tmp_path / "r.yaml",
+        merge_method="linear",
+        models=models(twins, weight=1.0),
+        chat_template=template,
+    )
     done = moekit("merge", recipe, tmp_path / "out", "--json")
     assert done.code == 0, done.err
     merged, a, b = (weights(path) for path in (tmp_path / "out", twins / "a", twins / "b"))
@@ -56,6 +62,7 @@ def test_the_average_loads_in_transformers(moekit, twins, tmp_path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "linear" in card
     assert str(twins / "a") in card
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["command"] == "merge"
     assert moekit("run", tmp_path / "out", "the router", "--max-new-tokens", 2).code == 0
@@ -173,6 +180,9 @@ def test_an_interrupted_merge_goes_on(moekit, twins, tmp_path, monkeypatch) -> N
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
         ({"merge_methods": 1}, "Did you mean 'merge_method'"),
         ({"modules": {}}, "several towers"),
+        ({"chat_template": "chatml"}, "Jinja template"),
+        ({"align": "neurons"}, "there is experts"),
+        ({"tokenizer_source": "unoin"}, "there are union, base"),
         ({"dialect": "french"}, "mergekit and paper"),
         ({"slices": []}, "exactly one of models and slices"),
     ],

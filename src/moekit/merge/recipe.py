@@ -166,6 +166,12 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
         raise UserError(f"{where}: merge_method is missing.")
     if "tokenizer" in raw and "tokenizer_source" in raw:
         raise UserError(f"{where}: give tokenizer or tokenizer_source, not both.")
+    template = raw.get("chat_template")
+    if template is not None and "{" not in str(template):
+        raise UserError(
+            f"{where}: chat_template {template!r} is a name; give the text of a Jinja template, or "
+            "leave it out for that of the tokenizer."
+        )
     base = raw.get("base_model")
     return MergeRecipe(
         method=None if method is None else str(method),
@@ -178,7 +184,7 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
         dtype=raw.get("dtype"),
         out_dtype=raw.get("out_dtype"),
         tokenizer=raw.get("tokenizer", raw.get("tokenizer_source")),
-        chat_template=raw.get("chat_template"),
+        chat_template=template,
         name=raw.get("name"),
     )
 

@@ -156,6 +156,8 @@ def _files(
             if isinstance(part, dict) and "vocab_size" in part:
                 part["vocab_size"] = vocabulary.size
         files |= vocabulary.files()
+    if recipe.chat_template is not None:
+        files["chat_template.jinja"] = recipe.chat_template
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     files[RECIPE_FILE] = json.dumps(recipe_dict(recipe), indent=2) + "\n"
     files[CARD_FILE] = model_card(recipe)
