@@ -103,7 +103,8 @@ def start(name: str, paths: dict[str, Path], peer: str, memory: int | None = Non
     if name == TRANSFORMERS:
         return Worker("worker_transformers.py", str(paths[name]))
     if name == INT4:
-        limit = () if memory is None else ("--memory", str(memory))
+        # A context as llama.cpp has here: keys and values of all the model's would not fit too.
+        limit = () if memory is None else ("--memory", str(memory), "--context", "1024")
         return Worker("worker_moekit.py", str(paths[name]), "--resident-codec", "int4", *limit)
     if name == BF16:
         return Worker("worker_moekit.py", str(paths[name]))

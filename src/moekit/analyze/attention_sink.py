@@ -50,4 +50,3 @@ def attention_sink(view: MoEView, samples: Sequence[Sequence[int]]) -> Sink | No
     if not strengths:
         return None
     return Sink(sum(strengths) / len(strengths), sum(uniform) / len(uniform))
-
