@@ -10,14 +10,13 @@ and at the end writes benchmarks/results/compress_prune.json.
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from resumable import Done, OutOfTime
 
 import moekit
 from moekit.compress.live import apply_live
@@ -51,35 +50,6 @@ CONTEXT = 512
 # Tokens of a calibration, all domains together, and of the searches' inner objective.
 CALIBRATION, SEARCH = 30_000, 1_536
 EVALUATIONS = {"naee": 400, "eep": 60}
-
-
-class OutOfTime(Exception):
-    """The part of the work that fits into --seconds is done."""
-
-
-@dataclass
-class Done:
-    """Results by key, kept in a file; `of` computes what is not there yet."""
-
-    deadline: float | None
-    identity: dict[str, Any]
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if PARTIAL.exists():
-            content = json.loads(PARTIAL.read_text())
-            if content["identity"] == self.identity:
-                self.found = content["found"]
-
-    def of(self, key: str, compute: Callable[[], Any]) -> Any:
-        if key not in self.found:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                raise OutOfTime
-            self.found[key] = compute()
-            content = {"identity": self.identity, "found": self.found}
-            PARTIAL.write_text(json.dumps(content))
-            print(key, flush=True)
-        return self.found[key]
 
 
 class Bench:
@@ -258,7 +228,7 @@ def main() -> None:
         "evaluations": EVALUATIONS,
     }
     deadline = time.monotonic() + arguments.seconds if arguments.seconds else None
-    done = Done(deadline, options)
+    done = Done(PARTIAL, options, deadline)
     record = start_record("benchmarks/compress_prune.py", options, seed=0)
     bench = Bench(arguments.data, arguments.model, arguments.bytes)
     try:

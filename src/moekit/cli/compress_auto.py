@@ -128,9 +128,7 @@ def auto(
             destination.check()
         loaded = open_model(model, Dtype.auto, seed, threads)
         protected = protected_experts(protect or [])
-        collected = _stats(
-            loaded, stats, tuple(data or ()), max_tokens, seq_len, batch_size, seed, bool(stats)
-        )
+        collected = _stats(loaded, stats, tuple(data or ()), max_tokens, seq_len, batch_size, seed)
         problem = _problem(
             model, loaded, collected, probe or data or [], probe_bytes, formats, protected, seed
         )
@@ -159,14 +157,13 @@ def _stats(
     seq_len: int | None,
     batch_size: int,
     seed: int,
-    opened: bool,
 ) -> ExpertStats:
     from moekit.compress.auto.problem import CompressionProblem
     from moekit.compress.calibrate import Calibration, stats_for
 
-    where = Calibration(
-        stats, () if opened else data, max_tokens, seq_len, batch_size, seed, all_tokens=False
-    )
+    # With --stats the --data is the probe's alone.
+    texts = () if stats is not None else data
+    where = Calibration(stats, texts, max_tokens, seq_len, batch_size, seed)
     with progress("profile", "batches") as advance:
         return stats_for(loaded, where, CompressionProblem.SETS, progress=advance)
 

@@ -19,7 +19,6 @@ NOT_SETTINGS = {
     "command",
     "copy_code",
     "eval",
-    "eval_bytes",
     "max_shard_bytes",
     "out",
     "overwrite",

@@ -47,10 +47,6 @@ class Largest:
             self._taken += len(room)
         return torch.from_numpy(kept).view(values.shape)
 
-    def restart(self) -> Largest:
-        """The same selection from the first block on."""
-        return Largest(self.threshold, self.ties, self.total_ties)
-
 
 def largest(blocks: Iterable[Tensor], count: int) -> Largest:
     """Selection of the `count` largest magnitudes over all `blocks`; NaN counts as large.

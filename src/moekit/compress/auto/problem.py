@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,21 +77,16 @@ class CompressionProblem:
         routed = sum(layer.num_experts * layer.params_per_expert for layer in self.spec.per_layer)
         return (self.spec.total_params - routed) * RESIDENT_BYTES
 
-    def choices(
-        self,
-        reducers: Sequence[str] = (*PRUNE, *CONDENSE),
-        quantizers: Sequence[str] = (RTN, GPTQ, MC),
-    ) -> dict[str, list[Choice]]:
+    def choices(self) -> dict[str, list[Choice]]:
         """The steps that this model allows, by kind."""
         experts = []
-        for name in reducers:
+        for name in (*PRUNE, *CONDENSE):
             for share in SHARES:
                 keep = _whole(self.spec, share)
                 if keep is not None:
                     experts.append(Choice(EXPERTS, name, share))
-        bits = [Choice(BITS, q, b) for q in quantizers if q != MC for b in WIDTHS]
-        if MC in quantizers:
-            bits += [Choice(BITS, MC, average) for average in AVERAGES]
+        bits = [Choice(BITS, name, width) for name in (RTN, GPTQ) for width in WIDTHS]
+        bits += [Choice(BITS, MC, average) for average in AVERAGES]
         return {EXPERTS: experts, BITS: bits}
 
     def allows(self, combination: Combination) -> bool:

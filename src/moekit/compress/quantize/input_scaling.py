@@ -199,10 +199,11 @@ def _trace(model: PreTrainedModel, sites: list[MoESite], family: str) -> dict[st
         with torch.no_grad(), watch:
             model(input_ids=ids)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        # What a forward may stumble over that has shapes and no values.
+        # What a forward may stumble over that has shapes and no values; not all of it has words.
+        told = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{family} cannot be traced without its weights "
-            f"({str(error).splitlines()[0][:80]}), so the inputs of its experts cannot be scaled; "
+            f"({told[:80]}), so the inputs of its experts cannot be scaled; "
             "take rtn or gptq."
         ) from None
     return found
