@@ -29,9 +29,9 @@ from moekit.core.neurons import neuron_rows
 from moekit.core.new_banks import NewBanks
 from moekit.core.new_experts import select_neurons
 from moekit.core.seeds import generator
+from moekit.core.source_model import SourceModel
 from moekit.core.spill import Spill
 from moekit.core.view import MoEView
-from moekit.merge.sources import MergeSource
 from moekit.ops.align import match, match_weights
 
 PROBES = 32
@@ -39,7 +39,7 @@ PROBES = 32
 BARRED = -1e6
 
 
-def align_experts(source: MergeSource, reference: MergeSource, scratch: Path) -> MergeSource:
+def align_experts(source: SourceModel, reference: SourceModel, scratch: Path) -> SourceModel:
     """`source` with its experts and their neurons in the order of `reference`'s.
 
     Experts are matched by what they make of random inputs and by their router rows (Hungarian
@@ -87,9 +87,9 @@ class _Reordered:
 
 
 def _experts_order(
-    source: MergeSource,
+    source: SourceModel,
     own: ExpertSource,
-    reference: MergeSource,
+    reference: SourceModel,
     other: ExpertSource,
     router: Mapping[str, ExpertAxis],
 ) -> list[int]:
@@ -137,5 +137,5 @@ def _router_rows(tensor: Any, axis: ExpertAxis, spec: LayerSpec) -> Tensor:
     return moved[: spec.num_experts * axis.block].reshape(spec.num_experts, -1)
 
 
-def _deferred(source: MergeSource) -> dict[str, Deferred]:
+def _deferred(source: SourceModel) -> dict[str, Deferred]:
     return dict(source.tensors)

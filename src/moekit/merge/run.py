@@ -16,12 +16,13 @@ from moekit.core.load import find_model
 from moekit.core.model_card import CARD_FILE
 from moekit.core.model_files import side_files
 from moekit.core.record import start_record
+from moekit.core.source_model import SourceModel
 from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, result_layers
 from moekit.merge.recipe import MergeRecipe
-from moekit.merge.sources import MergeSource, MergeSources
+from moekit.merge.sources import MergeSources
 from moekit.merge.vocabulary import Vocabulary, common_vocabulary, with_vocabulary
 
 RECIPE_FILE = "moekit_merge.json"
@@ -125,7 +126,7 @@ def recipe_hash(recipe: MergeRecipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _donor(recipe: MergeRecipe, sources: MergeSources) -> MergeSource:
+def _donor(recipe: MergeRecipe, sources: MergeSources) -> SourceModel:
     """The model that config and tokenizer come from: the base, else the first that is named."""
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, str) and tokenizer in sources.by_name:
@@ -143,7 +144,7 @@ def _align(recipe: MergeRecipe, sources: MergeSources, scratch: Path) -> None:
 def _files(
     recipe: MergeRecipe,
     sources: MergeSources,
-    donor: MergeSource,
+    donor: SourceModel,
     tensors: Mapping[str, MergedTensor],
     vocabulary: Vocabulary | None,
 ) -> dict[str, str | bytes]:
@@ -167,7 +168,7 @@ def _files(
 def merged_config(
     recipe: MergeRecipe,
     sources: MergeSources,
-    donor: MergeSource,
+    donor: SourceModel,
     tensors: Mapping[str, MergedTensor],
 ) -> dict[str, Any]:
     """`config.json` of the result: the donor's, with the layers and the dtype that it has."""

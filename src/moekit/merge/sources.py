@@ -5,39 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from transformers import PretrainedConfig
-
-from moekit.core.architecture import meta_model, read_config
-from moekit.core.checkpoint import Checkpoint, read_json
+from moekit.core.architecture import meta_model
 from moekit.core.deferred import Deferred
-from moekit.core.dequant import dequantize, quantization_of
 from moekit.core.errors import UserError
-from moekit.core.layout import PER_EXPERT, ModelTensors, deferred_tensors, to_model
+from moekit.core.layout import PER_EXPERT, ModelTensors, to_model
+from moekit.core.source_model import SourceModel, open_source
 
 LAYER = re.compile(
     r"^(?P<before>(?:.*?\.)?(?:layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..+)$"
 )
-
-
-@dataclass(frozen=True)
-class MergeSource:
-    """One model: its directory, config, and tensors by name."""
-
-    name: str
-    directory: Path
-    raw: dict[str, Any]
-    config: PretrainedConfig
-    checkpoint: Checkpoint
-    tensors: Mapping[str, Deferred]
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 class MergeSources:
@@ -56,12 +36,12 @@ class MergeSources:
         self._by_parameter = by_parameter
         self._find = find
         self._stack = ExitStack()
-        self.by_name: dict[str, MergeSource] = {}
+        self.by_name: dict[str, SourceModel] = {}
 
     def __enter__(self) -> MergeSources:
         try:
             for name in self._names:
-                self.by_name[name] = self._opened(name)
+                self.by_name[name] = open_source(name, self._find(name), self._stack)
             self._check_families()
             found = [set(source.tensors) for source in self.by_name.values()]
             mapped = {name: _mapped(source) for name, source in self.by_name.items()}
@@ -84,18 +64,8 @@ class MergeSources:
     ) -> None:
         self._stack.close()
 
-    def __getitem__(self, name: str) -> MergeSource:
+    def __getitem__(self, name: str) -> SourceModel:
         return self.by_name[name]
-
-    def _opened(self, name: str) -> MergeSource:
-        directory = self._find(name)
-        raw = read_json(directory / "config.json")
-        checkpoint = self._stack.enter_context(Checkpoint(directory))
-        tensors = deferred_tensors(checkpoint)
-        quantization = quantization_of(raw)
-        if quantization is not None:
-            tensors = dequantize(tensors, quantization)
-        return MergeSource(name, directory, raw, read_config(directory), checkpoint, tensors)
 
     def _check_families(self) -> None:
         first, *others = self.by_name.values()
@@ -107,7 +77,7 @@ class MergeSources:
                 )
 
 
-def _mapped(source: MergeSource) -> ModelTensors:
+def _mapped(source: SourceModel) -> ModelTensors:
     return to_model(source.tensors, meta_model(source.config))
 
 

@@ -20,8 +20,9 @@ from moekit.core.architecture import meta_model
 from moekit.core.deferred import Deferred, Region
 from moekit.core.errors import UserError
 from moekit.core.load import load_tokenizer
+from moekit.core.source_model import SourceModel
 from moekit.merge.recipe import MergeRecipe
-from moekit.merge.sources import MergeSource, MergeSources
+from moekit.merge.sources import MergeSources
 
 SOURCES = ("union", "base")
 # Rows of other models that a token gets the mean of: (model, row).
@@ -127,7 +128,7 @@ def _read(
     return made
 
 
-def _vocabulary_tensors(source: MergeSource) -> list[str]:
+def _vocabulary_tensors(source: SourceModel) -> list[str]:
     """The parameters that have a row for each token."""
     model: Any = meta_model(source.config)
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -136,7 +137,7 @@ def _vocabulary_tensors(source: MergeSource) -> list[str]:
     return [name for name, parameter in named if id(parameter) in ours]
 
 
-def _tokenizer(source: MergeSource) -> Any:
+def _tokenizer(source: SourceModel) -> Any:
     found = load_tokenizer(source.directory)
     if found is None:
         raise UserError(f"tokenizer_source: {source.name} has no tokenizer; leave the key out.")
@@ -164,7 +165,7 @@ def _chosen(
     return tokenizer
 
 
-def _owned(source: MergeSource, tokenizer: Any) -> dict[str, int]:
+def _owned(source: SourceModel, tokenizer: Any) -> dict[str, int]:
     """The tokens of a model that have a row in its embedding."""
     size = int(source.config.get_text_config(decoder=True).vocab_size)
     return {token: row for token, row in tokenizer.get_vocab().items() if row < size}
