@@ -32,6 +32,7 @@ INDEX_FORMAT = 1
 KINDS = (
     "router",
     "balance",
+    "expert",
     "backend",
     "saliency",
     "search",
@@ -49,6 +50,7 @@ KINDS = (
     "scheduler",
     "merge",
     "converter",
+    "upcycler",
     "measure",
 )
 NEEDS = ("weights", "data", "gradients", "trace", "training")

@@ -1,0 +1,67 @@
+"""Routers and banks by their registered names, with options checked against what they declare."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from moekit.core.errors import UserError
+from moekit.core.registry import Method, registry
+
+
+def build_router(name: str, width: int, num_experts: int, top_k: int, **options: Any) -> nn.Module:
+    """The router `name` for hidden states of `width`; UserError for a wrong name or option."""
+    if not 1 <= top_k <= num_experts:
+        raise UserError(
+            f"top_k {top_k} is not between 1 and the {num_experts} experts of router {name!r}"
+        )
+    method = registry.find(name, kind="router")
+    return checked(method, options)(width, num_experts, top_k, **options)
+
+
+def build_bank(name: str, width: int, count: int, **options: Any) -> nn.Module:
+    """The bank of `count` experts of type `name`; UserError for a wrong name, count or option."""
+    if count < 1:
+        raise UserError(f"count {count} of experts {name!r} is below 1")
+    expert_width = options.get("expert_width")
+    for what, value in (("width", width), ("expert_width", expert_width)):
+        if isinstance(value, int) and (value < 8 or value % 8):
+            # Rows of grouped products must start at multiples of 16 bytes.
+            raise UserError(f"{what} {value} of experts {name!r} is not a multiple of 8")
+    method = registry.find(name, kind="expert")
+    return checked(method, options)(width, count, **options)
+
+
+def checked(method: Method, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The code of `method`, once `options` are known to be its own and of the right type."""
+    known = {option.name: option for option in method.options}
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise UserError(f"{method.kind} {method.name!r} has no option {name!r}: {hint}")
+        if not _fits(value, known[name].type):
+            raise UserError(
+                f"option {name} of {method.kind} {method.name!r} is {value!r}, "
+                f"not of type {known[name].type}"
+            )
+    missing = [option.name for option in method.options if option.required]
+    missing = [name for name in missing if name not in options]
+    if missing:
+        raise UserError(f"{method.kind} {method.name!r} needs option {', '.join(missing)}")
+    return method.load()
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    allowed = [kinds.get(part.strip()) for part in wanted.split("|")]
+    if value is None:
+        return "None" in wanted
+    if isinstance(value, bool):
+        return bool in allowed or not any(allowed)
+    plain = tuple(kind for kind in allowed if kind is not None)
+    # Types beyond the plain ones (lists, mappings) are checked by the method itself.
+    return not plain or any(isinstance(value, kind) for kind in plain)

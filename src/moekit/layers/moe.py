@@ -1,0 +1,78 @@
+"""`MoELayer`: a router, a pool of experts, and what every token passes through beside them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .context import RouterContext
+from .pool import ExpertPool
+
+JOINS = ("sum", "gate", "coefficients")
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token passes through: the only one of `bank`.
+
+    `join` says how its output meets that of the routed experts: "sum" with weight 1 (DeepSeekMoE,
+    arXiv 2401.06066), "gate" with weight sigmoid(w x) (Qwen2-MoE), "coefficients" with two learned
+    weights for both, a softmax of a linear map with a bias (residual MoE, DeepSpeed-MoE, arXiv
+    2201.05596). Shapes: T tokens, D width.
+    """
+
+    def __init__(self, width: int, bank: nn.Module, *, join: str = "sum") -> None:
+        super().__init__()
+        self.bank, self.join = bank, join
+        if join == "gate":
+            self.gate = nn.Linear(width, 1, bias=False)
+        elif join == "coefficients":
+            self.coefficients = nn.Linear(width, 2)
+
+    def forward(self, hidden: Tensor, routed: Tensor) -> Tensor:
+        """`hidden` [T, D] through the expert, joined to the output `routed` [T, D]."""
+        own = self.bank.run_one(0, hidden)
+        if self.join == "gate":
+            return routed + F.sigmoid(self.gate(hidden)) * own
+        if self.join == "coefficients":
+            share = self.coefficients(hidden).softmax(-1)
+            return share[:, :1] * routed + share[:, 1:] * own
+        return routed + own
+
+
+class MoELayer(nn.Module):
+    """What stands in a transformer block in place of the MLP: [B, S, D] to [B, S, D].
+
+    The residual is the block's. The router's `Routing` is appended to `context.records`; without a
+    context the layer stands alone, outside of training steps.
+    """
+
+    def __init__(
+        self, router: nn.Module, pool: ExpertPool, shared: SharedExpert | None = None
+    ) -> None:
+        super().__init__()
+        self.router, self.pool, self.shared = router, pool, shared
+
+    @property
+    def causal(self) -> bool:
+        return self.router.causal
+
+    @property
+    def sees_batch(self) -> bool:
+        return self.router.sees_batch
+
+    def forward(self, hidden: Tensor, context: RouterContext | None = None) -> Tensor:
+        batch, length, width = hidden.shape
+        if context is None:
+            context = RouterContext(batch, length, training=self.training)
+        context.cost = self.pool.cost(hidden.device)
+        flat = hidden.reshape(-1, width)
+        routing = self.router(flat, context)
+        context.records.append(routing)
+        out = self.pool(flat, routing)
+        if self.shared is not None:
+            out = self.shared(flat, out)
+        return out.view(batch, length, width)
+
+    def after_step(self, counts: Tensor) -> None:
+        """Tell the router the pairs of each expert [E] in the last step, over all processes."""
+        self.router.after_step(counts)

@@ -1,0 +1,1 @@
+"""Routers, one idea a module; each registers a factory of kind "router"."""

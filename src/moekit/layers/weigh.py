@@ -1,0 +1,40 @@
+"""From scores to the weights of the chosen experts: parts `weigh(scores, choice, context)`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .context import RouterContext
+from .router import Choice
+
+
+class RawWeights:
+    """The scores of the chosen experts as they are, times `scale`."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, scores: Tensor, choice: Choice, context: RouterContext) -> Tensor:
+        return scores[choice.unit, choice.expert] * self.scale
+
+
+class RenormalisedWeights:
+    """The scores of the chosen experts over their sum, times `scale`.
+
+    With one expert a unit the weight is a constant: the router gets no gradient from the task.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, scores: Tensor, choice: Choice, context: RouterContext) -> Tensor:
+        raw = scores[choice.unit, choice.expert]
+        if choice.top_k is not None:
+            rows = raw.view(-1, choice.top_k)
+            # Sigmoid scores may all be tiny; DeepSeek-V3 guards the sum in the same way.
+            return (rows / (rows.sum(-1, keepdim=True) + 1e-20)).reshape(-1) * self.scale
+        total = raw.new_zeros(scores.shape[0]).index_add(0, choice.unit, raw)
+        return raw / (total[choice.unit] + 1e-20) * self.scale
+
+
+WEIGHTS = {"raw": RawWeights, "renormalised": RenormalisedWeights}
