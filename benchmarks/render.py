@@ -15,6 +15,7 @@ from render_cache import cache_policies
 from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
+from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize
@@ -339,6 +340,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_condense": compress_condense,
     "dynamic_pruning": dynamic_pruning,
     "compress_quantize": compress_quantize,
+    "compress_auto": compress_auto,
+    "compress_peers": compress_peers,
 }
 
 
