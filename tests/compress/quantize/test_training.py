@@ -12,12 +12,11 @@ from moekit.compress.quantize.planning import QuantizeRequest, plan_quantization
 from moekit.compress.quantize.ternary_experts import (
     MoTE,
     TernaryLinear,
-    int8_rows,
-    ternary_weight,
 )
 from moekit.core.errors import UserError
 from moekit.core.packed import CodecChoice
 from moekit.core.view import MoEView
+from moekit.ops.straight_through import int8_rows, ternary_weight
 from tests.compress.quantize.models import batches, profiled
 
 

@@ -11,43 +11,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moekit.core.errors import UserError
-
-ROUNDING_EPS = 1e-5
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`rounded` in the forward pass; its gradient is given to `value`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def ternary_weight(weight: Tensor) -> Tensor:
-    """A matrix as -g, 0 or g, g its mean absolute weight; the gradient passes as if it were not."""
-    with torch.no_grad():
-        scale = weight.abs().mean()
-        levels = (weight / (scale + ROUNDING_EPS)).round().clamp(-1, 1) * scale
-    return _StraightThrough.apply(weight, levels)
-
-
-def int8_rows(x: Tensor) -> Tensor:
-    """Rows [T, D] in 8-bit steps of their largest value; the gradient passes unchanged."""
-    with torch.no_grad():
-        step = x.abs().amax(-1, keepdim=True).clamp(min=ROUNDING_EPS) / 127
-        levels = (x / step).round().clamp(-128, 127) * step
-    return _StraightThrough.apply(x, levels)
+from moekit.ops.straight_through import int8_rows, ternary_weight
 
 
 class TernaryLinear(nn.Linear):
