@@ -43,14 +43,35 @@ class MoELayer(nn.Module):
     """What stands in a transformer block in place of the MLP: [B, S, D] to [B, S, D].
 
     The residual is the block's. The router's `Routing` is appended to `context.records`; without a
-    context the layer stands alone, outside of training steps.
+    context the layer stands alone, outside of training steps. A `lent` pool belongs to another
+    layer, which saves and trains it.
     """
 
     def __init__(
-        self, router: nn.Module, pool: ExpertPool, shared: SharedExpert | None = None
+        self,
+        router: nn.Module,
+        pool: ExpertPool,
+        shared: SharedExpert | None = None,
+        *,
+        lent: bool = False,
     ) -> None:
         super().__init__()
-        self.router, self.pool, self.shared = router, pool, shared
+        self.router, self.shared = router, shared
+        if lent:
+            # In a tuple, so that its parameters are not this layer's as well.
+            self._lent = (pool,)
+        else:
+            self.pool = pool
+
+    def __getattr__(self, name: str):
+        if name == "pool" and "_lent" in self.__dict__:
+            return self._lent[0]
+        return super().__getattr__(name)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a token may be routed alone, from a cache, as it is within its sequence."""
+        return getattr(self.router, "decodes", self.router.causal)
 
     @property
     def causal(self) -> bool:
@@ -73,6 +94,6 @@ class MoELayer(nn.Module):
             out = self.shared(flat, out)
         return out.view(batch, length, width)
 
-    def after_step(self, counts: Tensor) -> None:
+    def after_step(self, counts: Tensor, round: int = 0) -> None:
         """Tell the router the pairs of each expert [E] in the last step, over all processes."""
         self.router.after_step(counts)

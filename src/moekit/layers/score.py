@@ -19,7 +19,10 @@ class LinearScore(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.jitter = jitter
-        nn.init.normal_(self.weight, std=0.02)
+        self.init_weights_with(0.02)
+
+    def init_weights_with(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, key: Tensor, context: RouterContext) -> Tensor:
         if self.jitter and context.training:
@@ -42,8 +45,11 @@ class MLPScore(nn.Module):
         self.up = nn.Parameter(torch.empty(hidden, width))
         self.down = nn.Parameter(torch.empty(num_experts, hidden))
         self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[activation]
+        self.init_weights_with(0.02)
+
+    def init_weights_with(self, std: float) -> None:
         for weight in (self.up, self.down):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=std)
 
     def forward(self, key: Tensor, context: RouterContext) -> Tensor:
         middle = self.activation(F.linear(key, self.up.float()))
@@ -57,7 +63,10 @@ class CosineScore(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
-        nn.init.normal_(self.weight, std=0.02)
+        self.init_weights_with(0.02)
+
+    def init_weights_with(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, key: Tensor, context: RouterContext) -> Tensor:
         cosine = F.linear(F.normalize(key, dim=-1), F.normalize(self.weight.float(), dim=-1))

@@ -39,8 +39,11 @@ class SwiGLUExperts(nn.Module):
         self.cost = 3 * width * expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, expert_width))
+        self.init_weights_with(0.02)
+
+    def init_weights_with(self, std: float) -> None:
         for weight in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=std)
 
     def forward(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         return run_sorted(hidden, pairs, self.num_experts, self._rows)
@@ -82,8 +85,11 @@ class FFNExperts(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.up_proj = nn.Parameter(torch.empty(count, expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, expert_width))
+        self.init_weights_with(0.02)
+
+    def init_weights_with(self, std: float) -> None:
         for weight in (self.up_proj, self.down_proj):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=std)
 
     def forward(self, hidden: Tensor, pairs: Pairs) -> Tensor:
         return run_sorted(hidden, pairs, self.num_experts, self._rows)
