@@ -32,6 +32,10 @@ VERBS = {
     "bench": ("moekit.cli.bench:bench", "Measure a model's speed on this machine."),
     "convert": ("moekit.cli.convert:convert", "Write a model in another layout or format."),
     "merge": ("moekit.cli.merge:merge", "Merge models of one family by a recipe."),
+    "upcycle": (
+        "moekit.cli.upcycle:upcycle",
+        "Make a MoE of dense models or a larger one of a MoE.",
+    ),
     "list": ("moekit.cli.list:list_methods", "List the methods moekit has."),
     "show": ("moekit.cli.show:show", "Show one method: paper, needs, options, limits."),
 }

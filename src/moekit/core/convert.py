@@ -215,7 +215,7 @@ def prepare(
             notes += applied.notes
     unused = {name: stored[name] for name in mapped.unused}
     if dtype is not None:
-        tensors, unused = _cast(tensors, unused, model, DTYPES[dtype])
+        tensors, unused = cast_tensors(tensors, unused, model, DTYPES[dtype])
     if to == PER_EXPERT:
         tensors = to_published(tensors, model, mapped.transforms)
     if unused and experts:
@@ -255,7 +255,7 @@ def _default_dtype(dtype: str | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _cast(
+def cast_tensors(
     tensors: Mapping[str, Deferred],
     unused: Mapping[str, Deferred],
     model: PreTrainedModel,

@@ -1,0 +1,142 @@
+"""`moekit upcycle`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekit.cli.common import (
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    SeedOption,
+    ThreadsOption,
+    note,
+    output,
+    progress,
+)
+from moekit.cli.formats import DryRunOption, MaxShardOption, OverwriteOption, RestartOption
+from moekit.core.errors import UserError
+from moekit.core.memory import bytes_of, format_bytes
+from moekit.core.method_text import parse_method
+
+SMALLEST_SHARD = 2**20
+
+
+def upcycle(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A local directory, a hub id or babel; or a YAML file as mergekit-moe's.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The directory to write; appears when it is complete.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="The converter (`moekit list --kind upcycler`, `moekit show NAME`).",
+        ),
+    ] = "sparse",
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="MODEL", help="A model whose parts become experts; repeatable."
+        ),
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Statistics of MODEL: a directory of moekit profile."),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT", help="fused (one bank per layer) or per-expert, as in convert."
+        ),
+    ] = "fused",
+    dtype: DtypeOption = Dtype.auto,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Measure what the method says of step 0, and write nothing where it fails.",
+        ),
+    ] = True,
+    max_shard_size: MaxShardOption = None,
+    overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a MoE of dense models or a larger one of a MoE.
+
+    Or, back, a dense model of a MoE. Every method says what the result computes before any training, and that is measured. Tensors
+    are written one after another, so memory does not grow with the model; an interrupted run goes
+    on when the same command is given again.
+    """
+    with output(as_json) as printed:
+        from moekit.cli.common import set_up
+
+        size = None if max_shard_size is None else bytes_of(max_shard_size)
+        if size is not None and size < SMALLEST_SHARD:
+            raise UserError(f"--max-shard-size {max_shard_size} is below 1 MiB")
+        name, options = parse_method(method)
+        set_up(seed, threads)
+        from moekit.upcycle.run import Request
+        from moekit.upcycle.run import upcycle as run
+
+        number_format = None if dtype is Dtype.auto else dtype.value
+        request = Request(name, model, tuple(others or ()), options, dtype=number_format, to=to)
+        with progress("upcycle", "B") as update:
+            result = run(
+                request,
+                out,
+                seed=seed,
+                stats=stats,
+                check=check,
+                overwrite=overwrite,
+                restart=restart,
+                dry_run=dry_run,
+                progress=update,
+                note=note,
+                **({} if size is None else {"max_shard_bytes": size}),
+            )
+        done = "would write" if dry_run else "wrote"
+        printed.line(
+            f"{done} a {result.model_type} of {format_bytes(result.bytes)} in {result.tensors} "
+            f"tensors, from {format_bytes(result.source_bytes)}"
+        )
+        printed.line(result.start.text)
+        if result.measured is not None:
+            printed.line(f"measured: logits differ by {result.measured:.3g} of the largest")
+        if not dry_run:
+            printed.line(f"{out}: {result.seconds:.1f} s")
+        printed.result(
+            {
+                "out": str(out),
+                "dry_run": dry_run,
+                "model_type": result.model_type,
+                "tensors": result.tensors,
+                "bytes": result.bytes,
+                "source_bytes": result.source_bytes,
+                "start": result.start.to_dict(),
+                "start_measured": result.measured,
+                "numbers": result.numbers,
+                "notes": result.notes,
+                "resumed_bytes": result.resumed_bytes,
+                "seconds": result.seconds,
+            }
+        )

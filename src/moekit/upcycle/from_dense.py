@@ -1,0 +1,323 @@
+"""A dense model as a MoE of copies and slices of its own feed-forward networks.
+
+One kernel: N copies of the F neurons, each cut into s slices, so E = N s experts of width F / s; a
+token is given the slices of m copies, so K = m s; a share of the neurons may be common to all
+tokens as a shared expert. The slices of a copy have one router row between them: the best copies
+are chosen whole. What the weights leave out of the sum is put back by the down projections alone,
+in which a GLU is linear; the published methods are settings of this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.core.errors import UserError
+from moekit.core.seeds import generator
+from moekit.upcycle.assemble import MoEParts, assemble
+from moekit.upcycle.converter import Job, Made, preset, upcycler
+from moekit.upcycle.ffn import FFN, dense_ffn, each, neurons, scaled
+from moekit.upcycle.layer_choice import CHOICES, chosen_layers
+from moekit.upcycle.routers import ROUTERS, initial_rows
+from moekit.upcycle.start import ROUNDING, Start
+from moekit.upcycle.targets import Target, Wanted, choose_target
+
+WEIGHTS = ("renormalised", "raw")
+PARTITIONS = ("contiguous", "snake")
+# A factor that is no power of two rounds the down projections, by half a unit in the last place.
+ROUNDED = 2.0**-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N copies of s slices of `routed` neurons each copy, m copies for a token, and the neurons
+    that are shared: a `common` part of the network, or `whole` copies of it."""
+
+    copies: int
+    slices: int
+    active: int
+    routed: int
+    common: int
+    whole: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.copies * self.slices
+
+    @property
+    def top_k(self) -> int:
+        return self.active * self.slices
+
+    @property
+    def expert_width(self) -> int:
+        return self.routed // self.slices
+
+
+@upcycler(
+    "dense-to-moe",
+    title="Copies and slices of a dense model's feed-forward networks; the methods below set it",
+    needs=("weights",),
+    limits="Families without a MoE class of their own kind are refused by name.",
+    options={
+        "copies": "copies of each network",
+        "slices": "slices of a copy; experts are copies times slices",
+        "active": "copies whose slices a token is given; top_k is active times slices",
+        "shared": "share of the neurons that a shared expert holds for all tokens",
+        "shared_copies": "whole copies beside the experts as a shared expert",
+        "layers": f"which layers get experts: {CHOICES}",
+        "router": f"{', '.join(ROUTERS)}: the router's rows",
+        "weights": f"{' or '.join(WEIGHTS)}: of the chosen experts",
+        "keep_output": "scale the down projections so that the output keeps its size",
+        "partition": f"{' or '.join(PARTITIONS)}: how neurons are dealt to slices",
+        "reinit": "share of the neurons of every expert that is drawn anew",
+        "noise": "noise on expert weights, as a share of a matrix's standard deviation",
+        "router_noise": "noise on the router's rows, absolute; unties the slices of a copy",
+        "target": "the MoE family; the nearest that holds the result unless given",
+    },
+)
+def dense_to_moe(
+    job: Job,
+    *,
+    copies: int = 8,
+    slices: int = 1,
+    active: int = 2,
+    shared: float = 0.0,
+    shared_copies: int = 0,
+    layers: str = "all",
+    router: str = "random",
+    weights: str = "renormalised",
+    keep_output: bool = True,
+    partition: str = "contiguous",
+    reinit: float = 0.0,
+    noise: float = 0.0,
+    router_noise: float = 0.0,
+    target: str | None = None,
+) -> Made:
+    """The MoE of this setting. Raises `UserError` for widths that do not divide and for what no
+    stock class holds."""
+    job.need_dense()
+    job.need_alone()
+    _check(copies, slices, active, shared, shared_copies, reinit, noise, router_noise)
+    for value, known, name in ((weights, WEIGHTS, "weights"), (partition, PARTITIONS, "partition")):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is unknown; there are {' and '.join(known)}.")
+    config = job.base.config
+    chosen = chosen_layers(str(layers), job.base.num_layers)
+    shape = _shape(int(config.intermediate_size), copies, slices, active, shared, shared_copies)
+    wanted = Wanted(
+        shape.num_experts,
+        shape.top_k,
+        shape.expert_width,
+        chosen,
+        weights,
+        shape.common or shape.whole * shape.routed,
+    )
+    found = choose_target(config, wanted, target)
+    factor, shared_factor = _factors(shape, weights, found) if keep_output else (1.0, 1.0)
+    parts = {
+        layer: _parts(job, layer, shape, factor, shared_factor, router, partition, reinit, noise)
+        for layer in chosen
+    }
+    if router_noise:
+        parts = {layer: _untied(job.seed, layer, one, router_noise) for layer, one in parts.items()}
+    made = found.config(config, wanted)
+    start = _start(shape, weights, router, keep_output, reinit, noise, router_noise)
+    if start.equal_to is not None and (_rounds(factor) or _rounds(shared_factor)):
+        start = Start.equal(start.why, ROUNDED if _is_short(job) else ROUNDING)
+    notes = []
+    if found.shared_required and not wanted.shared_width:
+        notes.append(f"{found.family} always has a shared expert: it is small and adds nothing.")
+    return Made(made, assemble(found, made, job.base.tensors, parts), start, notes)
+
+
+def _check(
+    copies: int,
+    slices: int,
+    active: int,
+    shared: float,
+    shared_copies: int,
+    reinit: float,
+    noise: float,
+    router_noise: float,
+) -> None:
+    if min(copies, slices) < 1:
+        raise UserError(f"copies {copies} and slices {slices} must be 1 or more.")
+    if not 1 <= active <= copies:
+        raise UserError(f"active is {active}; a token is given 1 to {copies} copies.")
+    if not 0 <= shared < 1:
+        raise UserError(f"shared is {shared}; it is a share of the neurons, 0 to below 1.")
+    if shared_copies < 0 or (shared and shared_copies):
+        raise UserError(f"shared_copies is {shared_copies}: 0 or more, and not beside shared.")
+    if not 0 <= reinit <= 1:
+        raise UserError(f"reinit is {reinit}; it is a share, from 0 to 1.")
+    if min(noise, router_noise) < 0:
+        raise UserError(f"noise {noise} and router_noise {router_noise} must not be negative.")
+
+
+def _shape(
+    width: int, copies: int, slices: int, active: int, shared: float, shared_copies: int
+) -> Shape:
+    common = round(width * shared)
+    routed = width - common
+    if routed % slices:
+        shares = [s for s in range(1, routed + 1) if routed % s == 0 and s <= 64]
+        raise UserError(
+            f"{routed} routed neurons cannot be cut into {slices} equal slices; slices may be "
+            f"{', '.join(map(str, shares))}."
+        )
+    return Shape(copies, slices, active, routed, common, shared_copies)
+
+
+def _factors(shape: Shape, weights: str, target: Target) -> tuple[float, float]:
+    """What the down projections of experts and shared expert are multiplied by."""
+    # Every slice of the chosen copies adds its weight times its part of the output.
+    total = 1 / shape.slices
+    if weights == "raw":
+        total = shape.active / shape.num_experts
+    whole = 1 + shape.whole
+    return 1 / (total * whole), 1 / (target.shared_gain * whole)
+
+
+def _parts(
+    job: Job,
+    layer: int,
+    shape: Shape,
+    factor: float,
+    shared_factor: float,
+    router: str,
+    partition: str,
+    reinit: float,
+    noise: float,
+) -> MoEParts:
+    whole = dense_ffn(job.base, layer)
+    order = _order(whole, partition)
+    common, routed = order[: shape.common], order[shape.common :]
+    dealt = _dealt(routed, shape.slices, partition)
+    experts = []
+    for copy in range(shape.copies):
+        for number in range(shape.slices):
+            key = f"expert {copy * shape.slices + number}"
+            # One slice of contiguous neurons is the network itself, without a gather.
+            same = shape.slices == 1 and not shape.common
+            expert = whole if same else neurons(whole, dealt[number])
+            experts.append(scaled(_changed(expert, key, job.seed, layer, reinit, noise), factor))
+    shared = None
+    if shape.common:
+        shared = scaled(neurons(whole, common), shared_factor)
+    elif shape.whole:
+        shared = scaled(
+            neurons(whole, torch.arange(whole.width).repeat(shape.whole)), shared_factor
+        )
+    rows = initial_rows(router, shape.copies, int(whole.gate.shape[1]), job.seed, layer)
+    return MoEParts(experts, rows.repeat_interleave(shape.slices, 0), shared)
+
+
+def _order(ffn: FFN, partition: str) -> Tensor:
+    """The neurons, the heaviest first where importance is asked for."""
+    if partition == "contiguous":
+        return torch.arange(ffn.width)
+    sizes = ffn.gate.read().float().norm(dim=1) * ffn.up.read().float().norm(dim=1)
+    return (sizes * ffn.down.read().float().norm(dim=0)).argsort(descending=True, stable=True)
+
+
+def _dealt(order: Tensor, slices: int, partition: str) -> list[Tensor]:
+    """The neurons of every slice: runs, or rows of one for each slice, every second reversed."""
+    if partition == "contiguous":
+        return list(order.chunk(slices))
+    rows = order.reshape(-1, slices).clone()
+    rows[1::2] = rows[1::2].flip(1)
+    return list(rows.T.contiguous())
+
+
+def _changed(ffn: FFN, key: str, seed: int, layer: int, reinit: float, noise: float) -> FFN:
+    """The network with neurons drawn anew and noise on its weights, keyed by expert and layer."""
+    if not reinit and not noise:
+        return ffn
+    drawn = round(reinit * ffn.width)
+    new = torch.randperm(ffn.width, generator=generator(seed, f"reinit {key}", layer))[:drawn]
+
+    def change(part: str, matrix: Tensor) -> Tensor:
+        draw = generator(seed, f"{part} of {key}", layer)
+        made = matrix.float().clone()
+        mean, std = float(made.mean()), float(made.std())
+        fresh = mean + std * torch.randn(made.shape, generator=draw)
+        # Neurons are rows of gate and up and columns of down.
+        if part == "down":
+            made[:, new] = fresh[:, new]
+        else:
+            made[new] = fresh[new]
+        return made + noise * std * torch.randn(made.shape, generator=draw) if noise else made
+
+    return each(ffn, change)
+
+
+def _untied(seed: int, layer: int, parts: MoEParts, noise: float) -> MoEParts:
+    draw = generator(seed, "router noise", layer)
+    rows = parts.router + noise * torch.randn(parts.router.shape, generator=draw)
+    return MoEParts(parts.experts, rows, parts.shared, parts.shared_gate)
+
+
+def _start(
+    shape: Shape,
+    weights: str,
+    router: str,
+    keep_output: bool,
+    reinit: float,
+    noise: float,
+    router_noise: float,
+) -> Start:
+    if reinit or noise:
+        what = "neurons of every expert are drawn anew" if reinit else "there is noise on experts"
+        return Start.not_equal(f"{what}, which breaks the symmetry of the copies.")
+    if shape.slices > 1 and (router_noise or router == "zero"):
+        return Start.not_equal(
+            "the slices of a copy are not chosen together: their router rows "
+            f"{'differ' if router_noise else 'tie with those of other copies'}."
+        )
+    if weights == "raw":
+        if router == "zero" and not router_noise and keep_output:
+            return Start.equal(
+                "all experts are copies and the zero router gives each the weight 1/E, which the "
+                "down projections make up for."
+            )
+        return Start.not_equal(
+            f"raw weights of {shape.top_k} of {shape.num_experts} experts add up to what the "
+            f"router says, near {shape.top_k / shape.num_experts:.3g}"
+            + (", which is made up for only on average." if keep_output else ".")
+        )
+    if not keep_output:
+        if shape.slices == 1 and not shape.whole:
+            return Start.equal("all experts are copies and their weights add up to one.")
+        return Start.not_equal(
+            f"the weights of the {shape.slices} slices of a copy add up to one, so the output is "
+            "not that of the network."
+        )
+    if shape.slices == 1:
+        return Start.equal("all experts are copies and their weights add up to one.")
+    return Start.equal(
+        "the slices of a copy share a router row, so the best copies are chosen whole, and the "
+        "down projections make up for the weights. Two copies whose logits tie may mix, which "
+        "router logits in bfloat16 do now and then."
+    )
+
+
+def _rounds(factor: float) -> bool:
+    """Whether multiplying by `factor` rounds: powers of two do not."""
+    return not math.log2(factor).is_integer()
+
+
+def _is_short(job: Job) -> bool:
+    return dense_ffn(job.base, 0).down.dtype != torch.float32
+
+
+preset(
+    dense_to_moe,
+    "sparse",
+    title="Every expert a copy of the dense network",
+    paper="Sparse Upcycling 2212.05055",
+    needs=("weights",),
+    settings={"slices": 1, "reinit": 0.0, "shared": 0.0, "shared_copies": 0},
+)
