@@ -363,7 +363,10 @@ class Checkpoint:
     def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
         entry = self._entry(name)
         if entry.file not in self._files:
-            self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
+            opened = os.open(entry.file, os.O_RDONLY)
+            if self._files.setdefault(entry.file, opened) != opened:
+                # Another thread was faster.
+                os.close(opened)
         data = torch.empty(stop - start, dtype=torch.uint8)
         view = data.numpy().data
         done = 0

@@ -119,10 +119,11 @@ class MergeMethod:
             raise UserError(f"{self.name} merges {wanted} models beside the base, not {count}.")
 
 
-def by_tensor(merge: Callable[[TensorJob], Tensor]) -> Callable[[TensorJob], Rows]:
+@dataclass(frozen=True)
+class ByTensor:
     """A method that needs whole tensors, as one that gives rows."""
 
-    def run(job: TensorJob) -> Rows:
-        yield 0, merge(job).reshape(job.shape)
+    merge: Callable[[TensorJob], Tensor]
 
-    return run
+    def __call__(self, job: TensorJob) -> Rows:
+        yield 0, self.merge(job).reshape(job.shape)

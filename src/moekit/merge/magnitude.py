@@ -23,6 +23,13 @@ def magnitude_bits(values: Tensor) -> np.ndarray:
     return values.contiguous().view(signed).numpy().view(unsigned).reshape(-1) & unsigned(mask)
 
 
+def kept(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is true, else 0; many times as fast as `torch.where` on a CPU."""
+    signed, unsigned, _ = _BITS[values.dtype.itemsize]
+    bits = values.contiguous().view(signed).numpy().view(unsigned)
+    return torch.from_numpy((bits * mask.numpy()).view(bits.dtype)).view(values.dtype)
+
+
 @dataclass
 class Largest:
     """Keeps the entries with bits above `threshold`, and the first `ties` of those equal to it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.merge import competition, spherical, subspace
 from moekit.merge.consensus import Consensus
-from moekit.merge.job import REQUIRED, MergeMethod, Rows, TensorJob, by_tensor
+from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Rows, TensorJob
 from moekit.merge.sparsify import Density
 from moekit.merge.task_vectors import Part, Settings, merge_rows
 
@@ -98,10 +98,10 @@ def _linear(job: TensorJob) -> Rows:
         mixed: Tensor | None = None
         for tensor, weight in zip(job.tensors, weights, strict=True):
             rows = job.rows(tensor, start, stop).float()
-            mixed = torch.zeros_like(rows) if mixed is None else mixed
-            mixed.addcmul_(rows, weight)
+            mixed = rows * weight if mixed is None else mixed.addcmul_(rows, weight)
         assert mixed is not None
-        yield start, (mixed / total if job.options["normalize"] else mixed).to(job.dtype)
+        mixed = mixed.div_(total) if job.options["normalize"] else mixed
+        yield start, mixed.to(job.dtype)
 
 
 def _passthrough(job: TensorJob) -> Rows:
@@ -256,10 +256,10 @@ _LAMBDA = {"lambda": 1.0}
 OTHERS = (
     MergeMethod("linear", _linear, "none", _WEIGHT, {"normalize": True}),
     MergeMethod("passthrough", _passthrough, "none", {"scale": None}, {}, (1, 1)),
-    MergeMethod("slerp", by_tensor(_slerp), "first", {}, {"t": REQUIRED}, (1, 1)),
+    MergeMethod("slerp", ByTensor(_slerp), "first", {}, {"t": REQUIRED}, (1, 1)),
     MergeMethod(
         "nuslerp",
-        by_tensor(_nuslerp),
+        ByTensor(_nuslerp),
         "optional",
         _WEIGHT,
         {"nuslerp_row_wise": False, "nuslerp_flatten": True},
@@ -267,61 +267,61 @@ OTHERS = (
     ),
     MergeMethod(
         "multislerp",
-        by_tensor(_multislerp),
+        ByTensor(_multislerp),
         "optional",
         _WEIGHT,
         {"normalize_weights": True, "eps": 1e-8},
         (2, None),
     ),
     MergeMethod(
-        "karcher", by_tensor(_karcher), "none", {}, {"max_iter": 10, "tol": 1e-5}, (2, None)
+        "karcher", ByTensor(_karcher), "none", {}, {"max_iter": 10, "tol": 1e-5}, (2, None)
     ),
     MergeMethod(
         "model_stock",
-        by_tensor(_model_stock),
+        ByTensor(_model_stock),
         "needed",
         {},
         {"filter_wise": False, "clamp": True},
         (2, None),
     ),
     MergeMethod("nearswap", _nearswap, "first", {}, {"t": REQUIRED}, (1, 1)),
-    MergeMethod("arcee_fusion", by_tensor(_arcee_fusion), "first", {}, {}, (1, 1)),
+    MergeMethod("arcee_fusion", ByTensor(_arcee_fusion), "first", {}, {}, (1, 1)),
     MergeMethod(
         "sce",
-        by_tensor(_sce),
+        ByTensor(_sce),
         "needed",
         {},
         {"select_topk": 1.0, "select_applies_to": "deltas", "int8_mask": False},
     ),
     MergeMethod(
         "pcb",
-        by_tensor(_pcb),
+        ByTensor(_pcb),
         "needed",
         {},
         {"density": 0.1, "lambda": 1.2, "clip": 1e-4, "inter": "normalised"},
     ),
-    MergeMethod("widen", by_tensor(_widen), "needed", {}, {"ratio": 1.0, "calibration": 1.0}),
-    MergeMethod("ram", by_tensor(_ram), "needed", {}, {"epsilon": 1e-5}),
+    MergeMethod("widen", ByTensor(_widen), "needed", {}, {"ratio": 1.0, "calibration": 1.0}),
+    MergeMethod("ram", ByTensor(_ram), "needed", {}, {"epsilon": 1e-5}),
     MergeMethod(
-        "ramplus_tl", by_tensor(_ram), "needed", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}
+        "ramplus_tl", ByTensor(_ram), "needed", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}
     ),
     MergeMethod(
-        "tsv_m", by_tensor(_matrices(lambda d, _: subspace.tsv_merge(d))), "needed", {}, _LAMBDA
+        "tsv_m", ByTensor(_matrices(lambda d, _: subspace.tsv_merge(d))), "needed", {}, _LAMBDA
     ),
-    MergeMethod("r_tsvm", by_tensor(_matrices(_r_tsvm)), "needed", {}, _LAMBDA),
+    MergeMethod("r_tsvm", ByTensor(_matrices(_r_tsvm)), "needed", {}, _LAMBDA),
     MergeMethod(
-        "iso_c", by_tensor(_matrices(lambda d, _: subspace.isotropic(d))), "needed", {}, _LAMBDA
+        "iso_c", ByTensor(_matrices(lambda d, _: subspace.isotropic(d))), "needed", {}, _LAMBDA
     ),
     MergeMethod(
         "iso_cts",
-        by_tensor(_matrices(lambda d, j: subspace.isotropic(d, common=float(j.options["common"])))),
+        ByTensor(_matrices(lambda d, j: subspace.isotropic(d, common=float(j.options["common"])))),
         "needed",
         {},
         {**_LAMBDA, "common": 0.8},
     ),
     MergeMethod(
         "knots",
-        by_tensor(_matrices(_knots)),
+        ByTensor(_matrices(_knots)),
         "needed",
         {"weight": 1.0, "density": 0.2},
         _LAMBDA,

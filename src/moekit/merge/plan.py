@@ -14,7 +14,7 @@ from moekit.core.errors import UserError
 from moekit.core.seeds import generator
 from moekit.merge.catalogue import merge_methods
 from moekit.merge.consensus import Consensus
-from moekit.merge.job import REQUIRED, MergeMethod, Rows, TensorJob
+from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Rows, TensorJob
 from moekit.merge.methods import SHARES
 from moekit.merge.parameters import Level, depth_of, resolve
 from moekit.merge.recipe import MergeRecipe, Slice, Source
@@ -43,6 +43,13 @@ class MergedTensor:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def working_bytes(self) -> int:
+        """About what merging it whole takes: its models, the result and some work."""
+        models = len(self.job.tensors) + 2
+        itemsize = 4 if isinstance(self.method.run, ByTensor) else self.job.dtype.itemsize
+        return self.nbytes + models * torch.Size(self.shape).numel() * itemsize
 
     def pieces(self, first: int = 0) -> Rows:
         """(row, rows from there) from row `first` on, in order."""

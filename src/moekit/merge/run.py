@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moekit.core.record import start_record
 from moekit.core.source_model import SourceModel
 from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
+from moekit.merge.ahead import computed_ahead
 from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, result_layers
 from moekit.merge.recipe import MergeRecipe
@@ -100,15 +102,18 @@ def merge(
             overwrite=overwrite,
             restart=restart,
         )
-        result.resumed_bytes = fill(
-            writer,
-            tensors,
-            lambda _: _files(recipe, sources, donor, tensors, vocabulary),
-            record,
-            [path for source in sources.by_name.values() for path in source.checkpoint.files],
-            progress=progress,
-            note=note,
-        )
+        # Aligned experts come one layer after the other from one place on disk.
+        alone = recipe.align is not None
+        with nullcontext(tensors) if alone else computed_ahead(tensors) as ahead:
+            result.resumed_bytes = fill(
+                writer,
+                ahead,
+                lambda _: _files(recipe, sources, donor, tensors, vocabulary),
+                record,
+                [path for source in sources.by_name.values() for path in source.checkpoint.files],
+                progress=progress,
+                note=note,
+            )
         result.seconds = record.seconds
     return result
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
-from moekit.merge.magnitude import Largest, largest
+from moekit.merge.magnitude import Largest, kept, largest
 
 Blocks = Callable[[], Iterator[Tensor]]
 # Below this sum of magnitudes a ratio of sums means nothing.
@@ -169,12 +169,12 @@ def sparsified(rule: Rule, blocks: Blocks, rescale: str) -> Iterator[Tensor]:
         return
     factor = l1_factor(rule, blocks) if rescale == "l1" else None
     for block, mask, probability in rule.masked(blocks):
-        kept = torch.where(mask, block, torch.zeros((), dtype=block.dtype))
+        rest = kept(block, mask)
         if factor is not None:
-            kept = kept * factor.to(block.dtype)
+            rest = rest * factor.to(block.dtype)
         elif rescale == "inverse":
-            kept = (kept / probability).to(block.dtype)
-        yield kept
+            rest = (rest / probability).to(block.dtype)
+        yield rest
 
 
 def l1_factor(rule: Rule, blocks: Blocks) -> Tensor:

@@ -19,6 +19,8 @@ from moekit.merge.sparsify import Blocks, Density, rule_for, sparsified
 
 # Divisors nearer to zero than this are taken as one, as mergekit does.
 SMALLEST_DIVISOR = 1e-8
+# A tensor of all models together that is read once; a larger one is read again for each pass.
+HELD_BYTES = 640 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,38 +67,65 @@ def merge_rows(
     each time. `thresholds` replace the rules of this tensor where the whole model competes.
     """
     rows = base.shape[0] if base.ndim else 1
+    base, vectors = _held(base, [part.tensor for part in parts], block_rows)
     streams = [
-        _sparse_stream(settings, base, part, number, generator, block_rows, thresholds)
-        for number, part in enumerate(parts)
+        _sparse_stream(settings, base, part, blocks, lambda n=number: generator(n), rule)
+        for number, (part, blocks, rule) in enumerate(
+            zip(parts, vectors, thresholds or [None] * len(parts), strict=True)
+        )
     ]
     for start in range(0, rows, block_rows):
         below = read_rows(base, start, min(start + block_rows, rows))
-        values = torch.stack([next(stream) for stream in streams])
+        values = [next(stream) for stream in streams]
         merged = combine(settings, values, [part.weight for part in parts], zero_sign)
         yield start, (below + merged).to(below.dtype)
 
 
 def combine(
-    settings: Settings, values: Tensor, weights: Sequence[float], zero_sign: int = 1
+    settings: Settings, values: Sequence[Tensor], weights: Sequence[float], zero_sign: int = 1
 ) -> Tensor:
-    """The mixed task vector of sparsified ones [N, R, ...], before it is added to the base."""
-    factors = torch.tensor(weights, dtype=values.dtype).view(-1, *[1] * (values.ndim - 1))
-    weighted = values * factors
+    """The mixed task vector of N sparsified ones [R, ...], before it is added to the base.
+
+    Rounded to the dtype of `values` where arithmetic in it would round, but computed in float32:
+    16-bit comparisons and sums are several times as slow.
+    """
+    dtype = values[0].dtype
+    factors = torch.tensor(weights, dtype=dtype).tolist()
+    weighted = [
+        _rounded(value.float() * factor, dtype)
+        for value, factor in zip(values, factors, strict=True)
+    ]
     consensus = settings.consensus
     if consensus is None:
-        mixed = weighted.sum(dim=0)
-        divisor = factors.sum()
-        if settings.normalize and abs(float(divisor)) >= SMALLEST_DIVISOR:
-            mixed = mixed / divisor
+        mixed = _rounded(_sum(weighted), dtype)
+        divisor = float(torch.tensor(factors, dtype=dtype).sum())
+        if settings.normalize and abs(divisor) >= SMALLEST_DIVISOR:
+            mixed = _rounded(mixed / divisor, dtype)
     else:
-        mask = consensus.agreeing(weighted, consensus.elect(weighted, zero_sign))
-        mixed = (weighted * mask).sum(dim=0)
+        elected = consensus.elect(weighted, zero_sign)
+        agreeing = [(value * elected).clamp_(min=0) for value in weighted]
+        mixed = _rounded(_sum(agreeing) * elected, dtype)
         if consensus.mean:
-            mixed = mixed / mask.sum(dim=0).clamp(min=1).to(mixed.dtype)
+            count = _sum([value.sign() for value in agreeing])
+            mixed = _rounded(mixed / count.clamp_(min=1), dtype)
         elif settings.normalize:
-            divisor = (factors * mask).sum(dim=0)
-            mixed = mixed / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    return mixed if settings.scale == 1 else mixed * settings.scale
+            counted = [v.sign() * f for v, f in zip(agreeing, factors, strict=True)]
+            total = _rounded(_sum(counted), dtype)
+            # One where it is zero, without a comparison.
+            total += 1 - total.sign().abs()
+            mixed = _rounded(mixed / total, dtype)
+    return (mixed if settings.scale == 1 else mixed * settings.scale).to(dtype)
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    total = values[0] + 0.0
+    for value in values[1:]:
+        total += value
+    return total
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values if dtype == torch.float32 else values.to(dtype).float()
 
 
 def read_rows(tensor: Any, start: int, stop: int) -> Tensor:
@@ -119,20 +148,27 @@ def task_vector_blocks(base: Any, tensor: Any, block_rows: int) -> Blocks:
     return blocks
 
 
+def _held(base: Any, tensors: Sequence[Any], block_rows: int) -> tuple[Any, list[Blocks]]:
+    """The base and the blocks of every task vector: read once where they are small enough."""
+    size = base.numel() * base.dtype.itemsize * (len(tensors) + 1)
+    if size > HELD_BYTES:
+        return base, [task_vector_blocks(base, tensor, block_rows) for tensor in tensors]
+    whole = base.read() if hasattr(base, "read") else base
+    vectors = [list(task_vector_blocks(whole, tensor, block_rows)()) for tensor in tensors]
+    return whole, [lambda held=held: iter(held) for held in vectors]
+
+
 def _sparse_stream(
     settings: Settings,
     base: Any,
     part: Part,
-    number: int,
-    generator: Callable[[int], torch.Generator],
-    block_rows: int,
-    thresholds: Sequence[Any] | None,
+    blocks: Blocks,
+    generator: Callable[[], torch.Generator],
+    threshold: Any,
 ) -> Iterator[Tensor]:
-    blocks = task_vector_blocks(base, part.tensor, block_rows)
     if settings.sparsifier is None:
         return blocks()
-    if thresholds is not None:
-        return sparsified(thresholds[number], blocks, settings.rescale)
-    entries = base.numel()
-    rule = rule_for(settings.sparsifier, part.density, entries, lambda: generator(number))
+    rule = threshold
+    if rule is None:
+        rule = rule_for(settings.sparsifier, part.density, base.numel(), generator)
     return sparsified(rule, blocks, settings.rescale)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moekit.merge.consensus import Consensus, elected_balance
 from moekit.merge.job import TensorJob
-from moekit.merge.magnitude import magnitude_bits
+from moekit.merge.magnitude import kept, magnitude_bits
 from moekit.merge.sparsify import Blocks, Everything, Rule
 from moekit.merge.task_vectors import task_vector_blocks
 
@@ -57,12 +57,10 @@ def majority_sign(
     for job in jobs:
         streams = [rule.masked(_blocks(job, number)) for number, rule in enumerate(rules)]
         for parts in zip(*streams, strict=True):
-            values = torch.stack(
-                [
-                    block * mask * weight
-                    for (block, mask, _), weight in zip(parts, weights, strict=True)
-                ]
-            )
+            values = [
+                kept(block, mask) * weight
+                for (block, mask, _), weight in zip(parts, weights, strict=True)
+            ]
             balance += elected_balance(values, vote)
     return 1 if balance >= 0 else -1
 

@@ -41,11 +41,8 @@ def add_fisher(
 ) -> None:
     """Add `neuron_fisher` [E, F, N] and `fisher_sequences` of the layers at `positions` to `sums`.
 
-    F = sum over sequences of (gradient of log p(y | x))^2, entry by entry, with every token of y
-    drawn from the model's own prediction at its place: the expectation over y is the diagonal of
-    the Fisher information (2111.09832). One backward pass a sequence, so no products of different
-    sequences get into the squares. Raises UserError for weights that are not in memory, and for
-    families whose experts are no bank.
+    They are those of `fisher_diagonal`. Raises UserError for weights that are not in memory, and
+    for families whose experts are no bank.
     """
     layers = [view[position] for position in positions]
     for layer in layers:
@@ -55,24 +52,42 @@ def add_fisher(
                 f"{type(layer).__name__}, whose experts are no bank of their own."
             )
     banks = [bank for layer in layers for bank in _banks(layer)]
-    if any(bank.is_meta for bank in banks):
-        raise UserError("Fisher information needs the weights in memory; profile without --stream.")
-    squares = {bank: torch.zeros_like(bank, dtype=torch.float32) for bank in banks}
-    count = 0
-    with _only_gradients_of(view.model, banks):
-        for ids, inputs in _sequences(view, batches):
-            # logits_to_keep and caches do not matter here: every position is predicted.
-            logits = view.model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
-            drawn = _draw(logits.detach(), seed, count)
-            loss = functional.cross_entropy(logits, drawn, reduction="sum")
-            gradients = torch.autograd.grad(loss, banks, allow_unused=True)
-            for bank, gradient in zip(banks, gradients, strict=True):
-                if gradient is not None:
-                    squares[bank].add_(gradient.float().square())
-            count += 1
+    squares, count = fisher_diagonal(view.model, batches, banks, seed)
     for layer in layers:
         sums.add(layer.position, "neuron_fisher", _by_neuron(layer, squares))
         sums.add(layer.position, "fisher_sequences", torch.tensor(count))
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    batches: Iterable[Batch | Tensor],
+    parameters: Sequence[nn.Parameter],
+    seed: int = 0,
+) -> tuple[dict[nn.Parameter, Tensor], int]:
+    """The diagonal of the Fisher information of `parameters`, summed over sequences, and how many.
+
+    F = sum over sequences of (gradient of log p(y | x))^2, entry by entry, with every token of y
+    drawn from the model's own prediction at its place: the expectation over y is the diagonal of
+    the Fisher information (2111.09832). One backward pass a sequence, so no products of different
+    sequences get into the squares. float32, in the shapes of the parameters. Raises UserError for
+    weights that are not in memory.
+    """
+    if any(parameter.is_meta for parameter in parameters):
+        raise UserError("Fisher information needs the weights in memory; profile without --stream.")
+    squares = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+    count = 0
+    with _only_gradients_of(model, parameters):
+        for ids, inputs in _sequences(model, batches):
+            # logits_to_keep and caches do not matter here: every position is predicted.
+            logits = model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
+            drawn = _draw(logits.detach(), seed, count)
+            loss = functional.cross_entropy(logits, drawn, reduction="sum")
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    squares[parameter].add_(gradient.float().square())
+            count += 1
+    return squares, count
 
 
 def _by_neuron(layer: MoELayer, squares: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -95,10 +110,10 @@ def _draw(logits: Tensor, seed: int, sequence: int) -> Tensor:
 
 
 def _sequences(
-    view: MoEView, batches: Iterable[Batch | Tensor]
+    model: nn.Module, batches: Iterable[Batch | Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """One sequence [1, S] at a time, without its padding."""
-    device = next(view.model.parameters()).device
+    device = next(model.parameters()).device
     for batch in batches:
         batch = Batch(batch) if isinstance(batch, Tensor) else batch
         for row, ids in enumerate(batch.ids):
