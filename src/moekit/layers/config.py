@@ -18,6 +18,8 @@ class MoekitConfig(PreTrainedConfig):
     that such an attention reads have that family's names: "qwen3" (grouped queries with a norm on
     queries and keys), "mixtral" (grouped queries) or "deepseek_v3" (latent attention). `moe` says
     what stands in the layers in place of an MLP of `intermediate_size`; see `layer_recipe`.
+    `router_aux_loss_coef` scales the balance loss of the trainer, for routers that do not balance
+    themselves by a bias.
     """
 
     model_type = "moekit"
@@ -31,6 +33,7 @@ class MoekitConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     attention: str = "qwen3"
     moe: dict | None = None
+    router_aux_loss_coef: float = 0.01
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.core.errors import UserError
 from moekit.core.registry import register
+from moekit.layers import MoekitConfig, Routing
 
 from .recipe import BalanceRecipe
 
@@ -23,15 +24,25 @@ class Balance:
     z_loss: float
 
 
-def family_balance(recipe: BalanceRecipe, config, has_bias: bool) -> Balance:
+def family_balance(
+    recipe: BalanceRecipe, config, has_bias: bool, self_balanced: bool = False
+) -> Balance:
     """The balance rule for a model: its family's own, unless the recipe says otherwise.
 
     A family with a correction bias is balanced by moving it; one whose config declares
-    `router_aux_loss_coef` by the loss; any other is left alone.
+    `router_aux_loss_coef` by the loss; any other, and one whose routers are `self_balanced`, is
+    left alone.
     """
     declared = getattr(config, "router_aux_loss_coef", None)
     rule = recipe.rule
-    if rule == "family":
+    if isinstance(config, MoekitConfig) and rule == "bias":
+        raise UserError(
+            "balance.rule is 'bias', but moekit's routers carry their own: choose one with a "
+            "bias_rate, such as loss-free, and balance.rule 'none'."
+        )
+    if rule == "family" and self_balanced:
+        rule = "none"
+    elif rule == "family":
         rule = "bias" if has_bias else "loss" if declared is not None else "none"
     if rule == "bias" and not has_bias:
         raise UserError(
@@ -50,15 +61,15 @@ def family_balance(recipe: BalanceRecipe, config, has_bias: bool) -> Balance:
     paper="Switch Transformer, arXiv:2101.03961",
     needs=("training",),
 )
-def balance_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
+def balance_loss(routing: Routing) -> Tensor:
     """Load-balancing loss of one layer (Switch, arXiv 2101.03961, for K choices).
 
-    `logits` [T, E] before the softmax, `topk_ids` [T, K]. E * sum_i f_i * P_i with f_i the share
-    of pairs sent to expert i and P_i its mean probability: 1 at perfect balance, E at collapse.
+    E * sum_i f_i * P_i with f_i the share of pairs that wanted expert i, dropped ones too, and P_i
+    its mean probability: 1 at perfect balance, E at collapse.
     """
-    num_experts = logits.shape[-1]
-    share = expert_counts(topk_ids, num_experts) / topk_ids.numel()
-    return num_experts * (share * logits.float().softmax(-1).mean(0)).sum()
+    counts = routing.wanted()
+    probability = mean_probability(routing)
+    return routing.num_experts * (counts / counts.sum() * probability).sum()
 
 
 @register(
@@ -68,16 +79,21 @@ def balance_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     paper="ST-MoE, arXiv:2202.08906",
     needs=("training",),
 )
-def z_loss(logits: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of router `logits` [T, E] (ST-MoE, arXiv 2202.08906)."""
-    return logits.float().logsumexp(-1).square().mean()
+def z_loss(routing: Routing) -> Tensor:
+    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
+    return real_rows(routing).logsumexp(-1).square().mean()
 
 
-def expert_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """How many of the pairs `topk_ids` [T, K] go to each expert: float32 [E]."""
-    flat = topk_ids.reshape(-1)
-    zeros = torch.zeros(num_experts, dtype=torch.float32, device=flat.device)
-    return zeros.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.float32))
+def mean_probability(routing: Routing) -> Tensor:
+    """The mean softmax of the router's logits [E]."""
+    return real_rows(routing).softmax(-1).mean(0)
+
+
+def real_rows(routing: Routing) -> Tensor:
+    """The router's logits [U, E] without those of padding, in float32."""
+    assert routing.logits is not None
+    logits, mask = routing.logits.float(), routing.unit_mask()
+    return logits if mask is None else logits[mask]
 
 
 @register(
@@ -89,10 +105,11 @@ def expert_counts(topk_ids: Tensor, num_experts: int) -> Tensor:
     limits="Needs a family whose router has a correction bias.",
 )
 @torch.no_grad()
-def move_bias(biases: list[nn.Parameter | Tensor], counts: Tensor, rate: float) -> None:
+def move_bias(biases: list[nn.Parameter | Tensor], counts: list[Tensor], rate: float) -> None:
     """Raise the correction bias of underloaded experts and lower the others' by `rate`.
 
-    `counts` [L, E] of the last step, summed over all processes (DeepSeek-V3, arXiv 2412.19437).
+    `counts` [E] by layer are those of the last step, summed over all processes (DeepSeek-V3, arXiv
+    2412.19437).
     """
     for bias, count in zip(biases, counts, strict=True):
         bias.add_(torch.sign(count.mean() - count).to(bias.dtype), alpha=rate)

@@ -1,11 +1,14 @@
 """What a run will need, told before it starts: parameters, FLOPs, bytes and seconds."""
 
 import time
+from typing import Any
 
 import torch
 
+from moekit.core.find import find_moe
 from moekit.core.forecast import Forecast
 from moekit.core.spec import spec_from_config
+from moekit.layers import MoekitForCausalLM
 
 from .balance import family_balance
 from .model import build_model, tap_routers
@@ -15,6 +18,24 @@ from .step import build_losses, run_step
 
 # fp32 weights and gradients, and two fp32 moments (AdamW) or one (Muon).
 _BYTES_A_PARAMETER = {"adamw": 16, "muon": 12}
+
+
+def active_parameters(model: Any) -> int:
+    """Parameters that one token passes through, embedding tables and the output head left out.
+
+    In moekit's layers as many experts as the router's `top_k`, of mean size: their load is even.
+    """
+    if not isinstance(model, MoekitForCausalLM):
+        if find_moe(model):
+            return spec_from_config(model.config).params.active_no_embedding
+        return sum(param.numel() for param in model.parameters())
+    ends = {id(module.weight) for module in (model.lm_head, model.get_input_embeddings())}
+    experts = {id(p) for layer in model.moe_layers() for p in layer.pool.parameters()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in ends | experts)
+    recipes = [recipe for recipe in model.config.layer_recipes() if recipe is not None]
+    for layer, recipe in zip(model.moe_layers(), recipes, strict=True):
+        total += round(recipe.top_k * float(layer.pool.cost().mean()))
+    return total
 
 
 def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
@@ -28,8 +49,8 @@ def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
     model = build_model(recipe, vocab, vocab - 1)
     tap = tap_routers(model)
     total = sum(param.numel() for param in model.parameters())
-    active = spec_from_config(model.config).params.active_no_embedding if tap.num_experts else total
-    balance = family_balance(recipe.balance, model.config, bool(tap.biases))
+    active = active_parameters(model)
+    balance = family_balance(recipe.balance, model.config, bool(tap.biases), tap.self_balanced)
     optimizers = build_optimizers(model, recipe.optim, tap.router_names, tap.fused_names)
     losses = build_losses(model, tap, balance, recipe.train, compiled=False)
     micro = recipe.train.micro_windows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
+from moekit.layers import MoekitForCausalLM
 
 from .balance import family_balance, move_bias
 from .look import evaluate, write_probe
@@ -48,7 +49,7 @@ def train(run: Run) -> dict[str, Any]:
     """
     recipe, settings, world = run.recipe, run.recipe.train, run.world
     tap = tap_routers(run.model)
-    balance = family_balance(recipe.balance, run.model.config, bool(tap.biases))
+    balance = family_balance(recipe.balance, run.model.config, bool(tap.biases), tap.self_balanced)
     optimizers = build_optimizers(run.model, recipe.optim, tap.router_names, tap.fused_names)
     losses = build_losses(run.model, tap, balance, settings)
     micro = min(settings.micro_windows, settings.batch_windows // world.size)
@@ -83,7 +84,8 @@ def train(run: Run) -> dict[str, Any]:
             set_rate(optimizers, fraction)
             first = step * settings.batch_windows + world.rank * share
             ids, _ = run.mix.batch(range(first, first + share))
-            result = run_step(losses, torch.from_numpy(ids).to(world.device), micro)
+            windows = torch.from_numpy(ids).to(world.device)
+            result = run_step(losses, windows, micro, step, settings.seed, world.rank)
             world.average_gradients(run.model)
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.optim.clip)
             for optimizer in optimizers:
@@ -91,7 +93,9 @@ def train(run: Run) -> dict[str, Any]:
                 optimizer.zero_grad(set_to_none=True)
             counts = [world.sum_(layer) for layer in result.counts]
             if balance.bias_rate:
-                move_bias(tap.biases, torch.stack(counts), balance.bias_rate)
+                move_bias(tap.biases, counts, balance.bias_rate)
+            if isinstance(run.model, MoekitForCausalLM):
+                run.model.after_step(result.routings, counts)
             window_counts = add_counts(window_counts, counts)
             window_loss += torch.tensor([result.loss, result.balance, 1.0])
             step += 1
@@ -110,7 +114,7 @@ def train(run: Run) -> dict[str, Any]:
                     "tokens_per_second": round((step - since) * per_step / seconds, 1),
                 }
                 if window_counts:
-                    entry["routers"] = router_metrics(torch.stack(window_counts))
+                    entry["routers"] = router_metrics(window_counts)
                 log.write(entry)
                 run.say(_line(entry, recipe.steps))
                 window_counts, window_loss, since = [], torch.zeros(3), step

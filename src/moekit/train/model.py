@@ -1,5 +1,6 @@
 """Building the model of a recipe and finding what the trainer touches in it."""
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from moekit.core.errors import UserError
 from moekit.core.find import find_moe
+from moekit.layers import MoekitConfig, MoekitForCausalLM, RouterContext, Routing
+from moekit.layers.terms import ExpertBias
 from moekit.ops import blocked_attention
 from moekit.ops.grouped import GROUPED, grouped_backend, has_plain_banks
 
@@ -32,10 +35,16 @@ def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     if recipe.train.init_std is not None:
         arguments["initializer_range"] = recipe.train.init_std
     _check_counts(recipe.model)
+    if family == MoekitConfig.model_type:
+        _check_names(arguments)
     try:
         config = CONFIG_MAPPING[family](**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {family} rejects these arguments: {error}") from error
+    if family == MoekitConfig.model_type:
+        # Every part says what is wrong with its settings before a byte is allocated.
+        with torch.device("meta"):
+            MoekitForCausalLM(config)
     torch.manual_seed(recipe.train.seed)
     attention = recipe.train.attention
     config._attn_implementation = (
@@ -61,6 +70,16 @@ def _check_counts(arguments: dict) -> None:
         raise UserError(f"model.moe_intermediate_size {width} is not a multiple of 8.")
 
 
+def _check_names(arguments: dict) -> None:
+    """UserError for an argument that MoekitConfig does not know; transformers would keep it."""
+    known = {field.name for field in dataclasses.fields(MoekitConfig)}
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise UserError(f"model.{name} is unknown: {hint}")
+
+
 def _experts(name: str, model: nn.Module) -> str:
     if name != "grouped":
         return name
@@ -82,9 +101,12 @@ def zero_residual_outputs(model: nn.Module) -> None:
 
 @dataclass
 class RouterTap:
-    """Collects what the routers of one forward pass said, layer by layer.
+    """Collects what the routers of one forward pass said: `records`, cleared by `reset`.
 
-    `logits` [T, E] and `ids` [T, K] are lists over layers, cleared by `reset`.
+    `biases` are the correction biases of a stock family, which the trainer moves; moekit's own
+    layers move theirs themselves and are then `self_balanced`. `router_names` are the parameters
+    that belong to no weight matrix of the hidden layers, `fused_names` the banks that hold gate and
+    up one above the other.
     """
 
     num_experts: list[int]
@@ -93,30 +115,43 @@ class RouterTap:
     fused_names: set[str]
 
     def __post_init__(self) -> None:
-        self.logits: list[Tensor] = []
-        self.ids: list[Tensor] = []
+        self.records: list[Routing] = []
+        self.self_balanced = False
 
     def reset(self) -> None:
-        self.logits, self.ids = [], []
+        self.records = []
+
+    def forward(self, model: Any, ids: Tensor, context: RouterContext) -> Tensor:
+        """The logits [B, S, V] of `ids` [B, S]; the records are those of this pass."""
+        self.reset()
+        if not isinstance(model, MoekitForCausalLM):
+            return model(input_ids=ids, use_cache=False).logits
+        output = model(input_ids=ids, use_cache=False, router_context=context)
+        self.records = output.routings
+        return output.logits
 
     def _record(self, module, args, output) -> None:
         # Evaluation and probes pass through the same routers; only training steps count.
         if not module.training:
             return
-        experts = self.num_experts[len(self.logits)]
+        layer = len(self.records)
+        experts = self.num_experts[layer]
         if output[0].shape[-1] != experts or output[2].is_floating_point():
             raise UserError(
                 f"{type(module).__name__} does not return (logits, weights, ids); the trainer "
                 "cannot balance this family yet."
             )
-        self.logits.append(output[0])
-        self.ids.append(output[2])
+        logits, weights, ids = output[:3]
+        self.records.append(Routing.from_topk(ids, weights, experts, logits=logits, layer=layer))
 
 
 def tap_routers(model: nn.Module) -> RouterTap:
     """Hook every router of `model`; a dense model gives a tap that stays empty."""
     names = {id(param): name for name, param in model.named_parameters()}
     tap = RouterTap([], [], set(), set())
+    if isinstance(model, MoekitForCausalLM):
+        _note_parts(tap, model, names)
+        return tap
     for site in find_moe(model):
         router, experts = site.router, cast(Any, site.experts)
         if router is None:
@@ -131,3 +166,17 @@ def tap_routers(model: nn.Module) -> RouterTap:
             tap.fused_names.add(names[id(bank)])
         router.register_forward_hook(tap._record)
     return tap
+
+
+def _note_parts(tap: RouterTap, model: MoekitForCausalLM, names: dict[int, str]) -> None:
+    """Which parameters of moekit's layers are no plain matrices, and which are two in one."""
+    tap.self_balanced = any(isinstance(module, ExpertBias) for module in model.modules())
+    for layer in model.moe_layers():
+        tap.num_experts.append(layer.pool.num_experts)
+        tap.router_names |= {names[id(param)] for param in layer.router.parameters()}
+        for name, param in layer.named_parameters():
+            if name.endswith("gate_up_proj"):
+                tap.fused_names.add(names[id(param)])
+            elif param.ndim < 3:
+                # Matrices of the layer itself: a row an expert or a gate, not a map of the hidden.
+                tap.router_names.add(names[id(param)])

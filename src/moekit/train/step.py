@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import Balance, balance_loss, expert_counts, z_loss
+from moekit.layers import RouterContext, Routing
+
+from .balance import Balance, balance_loss, z_loss
 from .model import RouterTap
 from .recipe import TrainRecipe
 
@@ -15,11 +17,13 @@ from .recipe import TrainRecipe
 @dataclass
 class StepResult:
     """Sums over the step on this process: mean cross-entropy in nats a token, mean balance loss
-    over layers, and `counts`, the pairs that each expert received, a tensor [E] a layer."""
+    over layers, and `counts`, the pairs that each expert received, a tensor [E] for each of the
+    `routings` of the last micro-batch."""
 
     loss: float
     balance: float
     counts: list[Tensor]
+    routings: list[Routing]
 
 
 def build_losses(
@@ -28,32 +32,28 @@ def build_losses(
     balance: Balance,
     recipe: TrainRecipe,
     compiled: bool = True,
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-    """The function from ids [B, S + 1] to (objective, cross-entropy, balance loss, counts).
+) -> Callable[[Tensor, RouterContext], tuple[Tensor, Tensor, Tensor, list[Routing]]]:
+    """The function from ids [B, S + 1] to (objective, cross-entropy, balance loss, routings).
 
     The balance loss is computed layer by layer and averaged: over all layers at once, an expert
     that starves in one layer is hidden by others in the rest. `compiled=False` overrules the
     recipe.
     """
 
-    def losses(ids: Tensor):
-        tap.reset()
+    def losses(ids: Tensor, context: RouterContext):
         kind = ids.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            logits = tap.forward(model, ids[:, :-1], context)
         nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         objective, uneven = nats, nats.new_zeros(())
-        for layer_logits, layer_ids in zip(tap.logits, tap.ids, strict=True):
-            uneven = uneven + balance_loss(layer_logits, layer_ids) / len(tap.logits)
+        judged = [routing for routing in tap.records if routing.logits is not None]
+        for routing in judged:
+            uneven = uneven + balance_loss(routing) / len(judged)
             if balance.z_loss:
-                objective = objective + balance.z_loss * z_loss(layer_logits) / len(tap.logits)
+                objective = objective + balance.z_loss * z_loss(routing) / len(judged)
         if balance.coefficient:
             objective = objective + balance.coefficient * uneven
-        counts = [
-            expert_counts(ids_, number)
-            for ids_, number in zip(tap.ids, tap.num_experts, strict=True)
-        ]
-        return objective, nats.detach(), uneven.detach(), counts
+        return objective, nats.detach(), uneven.detach(), tap.records
 
     return torch.compile(losses) if recipe.compile and compiled else losses
 
@@ -63,15 +63,24 @@ def add_counts(total: list[Tensor], more: list[Tensor]) -> list[Tensor]:
     return [a + b for a, b in zip(total, more, strict=True)] if total else more
 
 
-def run_step(losses: Callable, windows: Tensor, micro: int) -> StepResult:
-    """Accumulate gradients over `windows` [B, S + 1], `micro` windows at a time."""
+def run_step(
+    losses: Callable, windows: Tensor, micro: int, step: int = 0, seed: int = 0, rank: int = 0
+) -> StepResult:
+    """Accumulate gradients over `windows` [B, S + 1], `micro` windows at a time.
+
+    `step`, `seed` and the process's `rank` key what routers draw.
+    """
     parts = windows.split(micro)
     total, uneven = 0.0, 0.0
     counts: list[Tensor] = []
-    for part in parts:
-        objective, nats, layer_uneven, layer_counts = losses(part)
+    routings: list[Routing] = []
+    for number, part in enumerate(parts):
+        context = RouterContext(
+            len(part), part.shape[1] - 1, step=step, seed=seed, part=rank * len(parts) + number
+        )
+        objective, nats, layer_uneven, routings = losses(part, context)
         (objective / len(parts)).backward()
         total += float(nats) / len(parts)
         uneven += float(layer_uneven) / len(parts)
-        counts = add_counts(counts, layer_counts)
-    return StepResult(total, uneven, counts)
+        counts = add_counts(counts, [routing.counts() for routing in routings])
+    return StepResult(total, uneven, counts, routings)
