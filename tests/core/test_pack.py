@@ -15,6 +15,7 @@ from moekit.core.plan import Action, ExpertPlan
 from moekit.core.record import RunRecord
 from moekit.core.view import MoEView
 from moekit.core.writer import CheckpointWriter
+from moekit.ops import native
 from moekit.ops.codecs import make_codec
 from moekit.runtime.store import ExpertStore
 from tests.families.tiny import TINY, build_tiny
@@ -293,3 +294,19 @@ def test_ternary_codes_of_an_older_order_are_refused(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="older order; convert the model again"):
         PackedHeader.read(tmp_path / "p")
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("codec", ["int4", "int8"])
+def test_the_kernels_write_the_bytes_that_torch_writes(tmp_path, monkeypatch, codec):
+    # gpt_oss has biases too.
+    source = saved(wide("gpt_oss", torch.bfloat16), tmp_path / "model")
+    pack(source, tmp_path / "kernels", codec=codec)
+    monkeypatch.setattr(native, "library", lambda: None)
+    pack(source, tmp_path / "torch", codec=codec)
+    names = sorted(file.name for file in (tmp_path / "torch").glob("*.safetensors"))
+    assert names
+    for name in names:
+        assert (tmp_path / "kernels" / name).read_bytes() == (
+            tmp_path / "torch" / name
+        ).read_bytes()

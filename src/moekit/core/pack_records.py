@@ -5,6 +5,8 @@ Shapes: F expert width.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +20,20 @@ from moekit.core.errors import UserError
 from moekit.core.expert_source import ExpertSource
 from moekit.core.expert_weights import ExpertWeights
 from moekit.core.new_experts import MATRICES, NEURON_AXIS, pad_width
-from moekit.core.packed import CodecChoice, ExpertParts, PackedLayer, write_record
+from moekit.core.packed import (
+    CodecChoice,
+    ExpertParts,
+    PackedLayer,
+    seal_record,
+    write_record,
+)
 from moekit.core.packed_header import PackedHeader
 from moekit.core.plan import ExpertPlan
+from moekit.ops import native
 from moekit.ops.codecs import Codec, Part
+from moekit.ops.codecs.groups import GroupCodec
+from moekit.ops.native.encode import encode_tiles, has_encoder
+from moekit.ops.native.formats import KINDS
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,12 @@ def records(
     header: PackedHeader, sources: Sequence[PackedSource]
 ) -> Iterator[tuple[str, Deferred]]:
     """Every record of the pack by name, made when it is read."""
-    encode = _LastExpert(header, sources)
+    writer = _RecordWriter(header, sources)
     for position, layer in enumerate(header.layers):
         for expert in sorted(set(layer.record_of)):
             for plane in range(layer.num_planes(expert)):
                 size = layer.record(expert, plane).size
-                reader = _record_reader(header, encode, position, expert, plane)
+                reader = _record_reader(writer, position, expert, plane)
                 yield (
                     layer.tensor_name(expert, plane),
                     Deferred((1, size), torch.uint8, reader),
@@ -99,48 +111,91 @@ def records(
 
 
 def _record_reader(
-    header: PackedHeader, encode: _LastExpert, position: int, expert: int, plane: int
+    writer: _RecordWriter, position: int, expert: int, plane: int
 ) -> Callable[[Region], Tensor]:
     def read(region: Region) -> Tensor:
-        record = write_record(header, position, expert, plane, encode(position, expert))
+        record = writer.record(position, expert, plane)[None]
         return record[tuple(slice(start, stop) for start, stop in region)]
 
     return read
 
 
-class _LastExpert:
-    """Encodes experts and keeps the last one, because its planes are asked for one by one."""
+class _RecordWriter:
+    """Makes records, by the kernels' encoder where it knows the codec. Otherwise the last expert is
+    kept, because its planes are asked for one by one."""
 
     def __init__(self, header: PackedHeader, sources: Sequence[PackedSource]) -> None:
         self._header = header
         self._sources = sources
         self._kept: tuple[tuple[int, int], ExpertParts] | None = None
 
-    def __call__(self, position: int, expert: int) -> ExpertParts:
+    @functools.cached_property
+    def _pool(self) -> native.Pool | None:
+        library = native.library()
+        return None if library is None else native.Pool(library, torch.get_num_threads())
+
+    def record(self, position: int, expert: int, plane: int) -> Tensor:
+        """The record [n] of one plane of an expert."""
         if self._kept is None or self._kept[0] != (position, expert):
             self._kept = None
-            self._kept = (position, expert), self._encode(position, expert)
-        return self._kept[1]
+            made = self._sources[position].expert(expert)
+            codec = self._header.layers[position].codecs[expert].make()
+            if isinstance(made, ExpertWeights) and has_encoder(codec) and self._pool is not None:
+                return self._encode_into_record(self._pool, codec, position, expert, made)
+            self._kept = (position, expert), self._encode(position, expert, codec, made)
+        return write_record(self._header, position, expert, plane, self._kept[1])[0]
 
-    def _encode(self, position: int, expert: int) -> ExpertParts:
+    def _encode_into_record(
+        self,
+        pool: native.Pool,
+        codec: GroupCodec,
+        position: int,
+        expert: int,
+        made: ExpertWeights,
+    ) -> Tensor:
+        layer, held = self._header.layers[position], made.tensors()
+        layout = layer.record(expert, 0)
+        record = torch.zeros(layout.size, dtype=torch.uint8)
+        places: dict[str, dict[str, Tensor]] = {}
+        for stored in layout.arrays:
+            if stored.tiled:
+                places.setdefault(stored.owner, {})[stored.part.name] = record[stored.offset :]
+            else:
+                stored.write(held[stored.owner].to(stored.part.dtype), record)
+        for name, place in places.items():
+            weight = held[name] if held[name].dtype in KINDS else held[name].float()
+            with self._located(layer, expert, name):
+                encode_tiles(pool, codec, weight, place["payload"], place["scale"])
+        library = native.library()
+        assert library is not None
+        seal_record(self._header, position, expert, 0, record, library.crc32)
+        return record
+
+    def _encode(
+        self, position: int, expert: int, codec: Codec, made: ExpertWeights | ExpertParts
+    ) -> ExpertParts:
         layer = self._header.layers[position]
-        codec = layer.codecs[expert].make()
-        made = self._sources[position].expert(expert)
         if isinstance(made, ExpertWeights):
             held = made.tensors()
             vectors = {part.name: held[part.name].to(part.dtype) for part in layer.vectors}
             matrices = {}
             for matrix in layer.matrices:
-                try:
+                with self._located(layer, expert, matrix.name):
                     matrices[matrix.name] = codec.encode(held[matrix.name])
-                except UserError as error:
-                    where = f"{layer.path}, expert {expert}, {matrix.name}"
-                    raise UserError(f"{where}: {error}") from None
             return ExpertParts(codec, matrices, vectors)
         for matrix in layer.matrices:
             _check_same_codec(layer, expert, matrix, codec, made)
         vectors = {part.name: made.vectors[part.name].to(part.dtype) for part in layer.vectors}
         return ExpertParts(codec, made.matrices, vectors)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _located(layer: PackedLayer, expert: int, matrix: str) -> Iterator[None]:
+        """Say where the values are that a codec refuses."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{layer.path}, expert {expert}, {matrix}: {error}") from None
 
 
 def _check_same_codec(

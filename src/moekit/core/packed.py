@@ -176,11 +176,24 @@ def write_record(
             stored.write(parts.vectors[stored.owner], record)
         else:
             stored.write(parts.matrices[stored.owner].planes[plane][stored.part.name], record)
+    seal_record(header, position, expert, plane, record)
+    return record[None]
+
+
+def seal_record(
+    header: PackedHeader,
+    position: int,
+    expert: int,
+    plane: int,
+    record: Tensor,
+    crc32: Crc32 = zlib.crc32,
+) -> None:
+    """Begin a record [n] that has its arrays with what it is and its checksum."""
+    layout = header.layers[position].record(expert, plane)
     fields = (MAGIC, position, expert, plane, 0, layout.used, bytes.fromhex(header.id))
     view = record.numpy().data
     view[: _FIELDS.size] = _FIELDS.pack(*fields)
-    view[_CRC_AT] = struct.pack("<I", checksum(view))
-    return record[None]
+    view[_CRC_AT] = struct.pack("<I", checksum(view, crc32))
 
 
 def checksum(record: memoryview, crc32: Crc32 = zlib.crc32) -> int:

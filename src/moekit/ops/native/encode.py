@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import c_int32, c_void_p
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def encode_in_memory(pool: Pool, codec: Codec, weight: Tensor, memory: Tensor) -
     time. Raises UserError for values that the codec cannot hold and ValueError for a codec without
     kernels.
     """
-    if not (isinstance(codec, GroupCodec) and codec.bits in (4, 8) and not codec.zero_point):
+    if not has_encoder(codec):
         made = in_memory(codec, codec.encode(weight))
         if made is None:
             raise ValueError("a codec without kernels")
@@ -40,24 +41,41 @@ def encode_in_memory(pool: Pool, codec: Codec, weight: Tensor, memory: Tensor) -
     start = -(-tiled_nbytes(codec.layout(shape)[0][0]) // ALIGN) * ALIGN
     if shape[0] % TILE_ROWS:
         memory.zero_()
+    encode_tiles(pool, codec, weight, memory, memory[start:])
+    format = matrix_format(codec, shape, [{"payload": 0, "scale": start}])
+    assert format is not None
+    return format
+
+
+def has_encoder(codec: Codec) -> TypeGuard[GroupCodec]:
+    """Whether `encode_tiles` knows the codec: symmetric integers of 4 and 8 bits."""
+    return isinstance(codec, GroupCodec) and codec.bits in (4, 8) and not codec.zero_point
+
+
+def encode_tiles(
+    pool: Pool, codec: GroupCodec, weight: Tensor, codes: Tensor, scales: Tensor
+) -> None:
+    """Put the tiles of what `codec.encode(weight)` gives, to the byte, at the beginning of the
+    bytes `codes` and `scales`; rows that fill up the last tile are not touched.
+
+    `weight` [O, I] is float32, float16 or bfloat16. Raises UserError for values that the codec
+    cannot hold.
+    """
     weight = weight.contiguous()
     encode = pool.c.encode_groups
     encode.restype = c_int32
     encode.argtypes = (c_void_p, c_int32, c_void_p, *(c_int32,) * 4, c_void_p, c_void_p)
-    address = memory.data_ptr()
     wrong = encode(
         pool.handle,
         KINDS[weight.dtype],
         weight.data_ptr(),
-        *shape,
+        weight.shape[0],
+        weight.shape[1],
         codec.group_size,
         codec.bits,
-        address,
-        address + start,
+        codes.data_ptr(),
+        scales.data_ptr(),
     )
     if wrong:
         codec.encode(weight)
         raise UserError("a matrix cannot be encoded")
-    format = matrix_format(codec, shape, [{"payload": 0, "scale": start}])
-    assert format is not None
-    return format
