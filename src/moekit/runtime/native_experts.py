@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moekit.core.layer import MoELayer
 from moekit.core.packed import PackedLayer
+from moekit.ops.activations import ACTIVATIONS
 from moekit.ops.native import ExpertFormat, Pool
 from moekit.ops.native.structures import F32
 from moekit.runtime.expert_formats import formats_of_layer
@@ -105,16 +105,6 @@ class NativeCall:
         return summed.to(self._dtype)
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x) ** 2,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-
-
 def activation_of(experts: torch.nn.Module) -> tuple[str, float, float] | None:
     """Which function of the kernels the gate of a fused bank is, with its alpha and limit.
 
@@ -127,8 +117,9 @@ def activation_of(experts: torch.nn.Module) -> tuple[str, float, float] | None:
     if gated and not getattr(experts, "is_concatenated", True):
         joined = torch.stack([gate, up], dim=-1).flatten(1)
     own = _own_gate(experts, joined, gated)
-    for name, function in _FUNCTIONS.items():
-        if torch.allclose(own, function(gate) * up if gated else function(up), atol=1e-5):
+    for name, activation in ACTIVATIONS.items():
+        expected = activation.forward(gate) * up if gated else activation.forward(up)
+        if torch.allclose(own, expected, atol=1e-5):
             return name, 0.0, 0.0
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     if gated and isinstance(alpha, float) and isinstance(limit, float):

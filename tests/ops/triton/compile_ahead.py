@@ -11,14 +11,16 @@ import re
 import sys
 from collections import Counter
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moekit.ops.codecs import make_codec
-from moekit.ops.triton import kernels
+from moekit.ops.triton import kernels, training_kernels
 from moekit.ops.triton.formats import ACTIVATIONS, ExpertFormat, matrix_format
 from moekit.ops.triton.launch import VECTOR, blocks_for, settings_of
+from moekit.ops.triton.training import TILE, WIDE, stages
 
 POINTERS = {
     "memory": "*u8",
@@ -28,6 +30,18 @@ POINTERS = {
     "expert_of_block": "*i64",
     "parts": "*fp32",
     "weights": "*fp32",
+    "shares": "*fp32",
+    **dict.fromkeys(["source", "begin_of_block", "ends", "begins", "place_of_token_pair"], "*i64"),
+}
+FLOATING = ("x", "out", "left", "right", "weight", "rows", "grad", "down", "before", "scale")
+FLOATING += ("grad_before", "scaled")
+ACTIVE = {"ACTIVATION": "silu", "GATED": True, **TILE}
+TRAINING = {
+    "rows gathered": ("rows_kernel", {**ACTIVE, "GATHER": True, "ACTIVATION": None}),
+    "rows activated": ("rows_kernel", {**ACTIVE, "GATHER": False}),
+    "inner backward": ("inner_backward_kernel", ACTIVE),
+    "bank gradient": ("bank_gradient_kernel", {"GATHER_LEFT": True, "GATHER_RIGHT": False, **TILE}),
+    "sum": ("sum_kernel", {"WEIGHTED": True, "BLOCK": WIDE}),
 }
 
 
@@ -50,7 +64,7 @@ def expert(codec_name: str) -> ExpertFormat:
 def compiled(kernel, constants, floating, capability, **options) -> dict[str, int]:
     """Counts of the interesting instructions of a kernel."""
     names = kernel.arg_names
-    types = {**POINTERS, "x": floating, "out": floating}
+    types = {**POINTERS, **dict.fromkeys(FLOATING, floating)}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types}
     made = triton.compile(
@@ -111,6 +125,12 @@ def main() -> None:
                 90,
                 num_warps=8,
             )
+    for title, (name, settings) in TRAINING.items():
+        for capability in (80, 90):
+            for floating, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
+                kernel, number = getattr(training_kernels, name), stages(dtype)
+                at = f"training {title} {capability} {floating}"
+                found[at] = compiled(kernel, settings, floating, capability, num_stages=number)
     found["combine"] = compiled(kernels.combine_kernel, {"BLOCK": 256}, "*bf16", 90)
     json.dump(found, sys.stdout)
 

@@ -6,17 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.core.errors import UserError
 from moekit.core.registry import register
+from moekit.ops.activations import ACTIVATIONS
+from moekit.ops.grouped import ragged_experts
 
-from ..compute import grouped_linear, run_sorted
 from ..routing import Pairs
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "relu2": lambda values: F.relu(values).square(),
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
 
 
 @register(
@@ -46,11 +41,7 @@ class SwiGLUExperts(nn.Module):
             nn.init.normal_(weight, std=std)
 
     def forward(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        return run_sorted(hidden, pairs, self.num_experts, self._rows)
-
-    def _rows(self, rows: Tensor, ends: Tensor) -> Tensor:
-        middle = _gated(grouped_linear(rows, self.gate_up_proj, ends))
-        return grouped_linear(middle, self.down_proj, ends)
+        return ragged_experts(hidden, *pairs, self.gate_up_proj, self.down_proj)
 
     def run_one(self, expert: int, rows: Tensor) -> Tensor:
         middle = _gated(F.linear(rows, self.gate_up_proj[expert]))
@@ -82,7 +73,9 @@ class FFNExperts(nn.Module):
         super().__init__()
         self.num_experts = count
         self.cost = 2 * width * expert_width
-        self.activation = ACTIVATIONS[activation]
+        if activation not in ACTIVATIONS:
+            raise UserError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.activation = activation
         self.up_proj = nn.Parameter(torch.empty(count, expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, expert_width))
         self.init_weights_with(0.02)
@@ -92,13 +85,15 @@ class FFNExperts(nn.Module):
             nn.init.normal_(weight, std=std)
 
     def forward(self, hidden: Tensor, pairs: Pairs) -> Tensor:
-        return run_sorted(hidden, pairs, self.num_experts, self._rows)
-
-    def _rows(self, rows: Tensor, ends: Tensor) -> Tensor:
-        middle = self.activation(grouped_linear(rows, self.up_proj, ends))
-        return grouped_linear(middle, self.down_proj, ends)
+        return ragged_experts(
+            hidden,
+            *pairs,
+            self.up_proj,
+            self.down_proj,
+            activation=self.activation,
+            gated=False,
+        )
 
     def run_one(self, expert: int, rows: Tensor) -> Tensor:
-        return F.linear(
-            self.activation(F.linear(rows, self.up_proj[expert])), self.down_proj[expert]
-        )
+        middle = ACTIVATIONS[self.activation].forward(F.linear(rows, self.up_proj[expert]))
+        return F.linear(middle, self.down_proj[expert])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.ops.grouped import dispatch_plan
+from moekit.ops.pairs import dispatch_plan
 from moekit.ops.triton.formats import ExpertFormat, MatrixFormat
 from moekit.ops.triton.kernels import block_kernel, combine_kernel, vector_kernel
 
@@ -68,7 +68,8 @@ class Dispatch:
         if self.pad:
             unknown = (ids < 0) | (ids >= num_experts)
             # Choices that run nothing become an expert of their own, which no launch has.
-            plan = dispatch_plan(ids.masked_fill(unknown, num_experts), num_experts + 1, self.pad)
+            known = self.experts.masked_fill(unknown.reshape(-1), num_experts)
+            plan = dispatch_plan(known, num_experts + 1, self.pad)
             self.pair_of_row = plan.pair_of_row
             firsts = torch.arange(0, len(plan.pair_of_row), self.pad).to(plan.ends)
             self.expert_of_block = torch.searchsorted(plan.ends, firsts, right=True)
