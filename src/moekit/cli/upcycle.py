@@ -23,6 +23,8 @@ from moekit.core.memory import bytes_of, format_bytes
 from moekit.core.method_text import parse_method
 
 SMALLEST_SHARD = 2**20
+DEFAULT_METHOD = "sparse"
+RECIPES = (".yaml", ".yml")
 
 
 def upcycle(
@@ -43,17 +45,24 @@ def upcycle(
         ),
     ],
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME[:OPTION=VALUE,...]",
-            help="The converter (`moekit list --kind upcycler`, `moekit show NAME`).",
+            help="The converter; sparse unless given (`moekit list --kind upcycler`).",
+            show_default=False,
         ),
-    ] = "sparse",
+    ] = None,
     others: Annotated[
         list[str] | None,
         typer.Option(
             "--from", metavar="MODEL", help="A model whose parts become experts; repeatable."
         ),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts of a layer, where the method asks for them.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Experts for a token, where the method asks.")
     ] = None,
     stats: Annotated[
         Path | None,
@@ -83,9 +92,9 @@ def upcycle(
 ) -> None:
     """Make a MoE of dense models or a larger one of a MoE.
 
-    Or, back, a dense model of a MoE. Every method says what the result computes before any training, and that is measured. Tensors
-    are written one after another, so memory does not grow with the model; an interrupted run goes
-    on when the same command is given again.
+    Or, back, a dense model of a MoE. Every method says what the result computes before any
+    training, and that is measured. Tensors are written one after another, so memory does not grow
+    with the model; an interrupted run goes on when the same command is given again.
     """
     with output(as_json) as printed:
         from moekit.cli.common import set_up
@@ -93,13 +102,26 @@ def upcycle(
         size = None if max_shard_size is None else bytes_of(max_shard_size)
         if size is not None and size < SMALLEST_SHARD:
             raise UserError(f"--max-shard-size {max_shard_size} is below 1 MiB")
-        name, options = parse_method(method)
+        asked = {"experts": experts, "top_k": top_k}
+        given = {key: value for key, value in asked.items() if value is not None}
+        number_format = None if dtype is Dtype.auto else dtype.value
         set_up(seed, threads)
         from moekit.upcycle.run import Request
         from moekit.upcycle.run import upcycle as run
 
-        number_format = None if dtype is Dtype.auto else dtype.value
-        request = Request(name, model, tuple(others or ()), options, dtype=number_format, to=to)
+        if Path(model).suffix in RECIPES:
+            if method is not None or others or given:
+                raise UserError(
+                    f"{model} says what is done: leave --method, --from and counts out."
+                )
+            from moekit.upcycle.moe_recipe import load_moe_recipe
+
+            request = load_moe_recipe(Path(model), to=to, dtype=number_format)
+        else:
+            name, options = parse_method(method or DEFAULT_METHOD)
+            request = Request(
+                name, model, tuple(others or ()), options | given, dtype=number_format, to=to
+            )
         with progress("upcycle", "B") as update:
             result = run(
                 request,

@@ -7,7 +7,6 @@ what it must measure: the tensors it makes are `Deferred`, and the writer pulls 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,18 +28,34 @@ KIND = "upcycler"
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a recipe says of one model beside the base: texts that its expert is for, and those that
+    it is not for; noise on its weights (absolute), a factor on its output; whether it is shared."""
+
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    noise_scale: float = 0.0
+    residual_scale: float = 1.0
+    shared: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """The models and the data of a conversion; tensors go by the names of the model's parameters.
 
-    `base` is the model that is converted, `others` are those given with --from, `prompts` their
-    texts by name, `stats` what --stats holds.
+    `base` is the model that is converted, `others` are those given with --from, `entries` what a
+    recipe says of each of those, `stats` what --stats holds.
     """
 
     base: SourceModel
     others: tuple[SourceModel, ...] = ()
     seed: int = 0
     stats: ExpertStats | None = None
-    prompts: Mapping[str, Mapping[str, list[str]]] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+
+    def entry(self, number: int) -> Entry:
+        """What is said of `others[number]`."""
+        return self.entries[number] if self.entries else Entry()
 
     def is_mixture(self) -> bool:
         """Whether the base has MoE layers."""
@@ -92,19 +107,32 @@ Converter = Callable[..., Made]
 upcycler = functools.partial(register, KIND)
 
 
-def preset(kernel: Converter, name: str, **fields: Any) -> Method:
-    """Register a setting of a kernel that is registered itself, with the options left open.
+def preset(
+    kernel: Converter,
+    name: str,
+    *,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Method:
+    """Register a setting of a kernel that is registered itself.
 
-    `settings` among `fields` fixes some options; the others keep the kernel's help and defaults.
+    `settings` are options that it fixes, `defaults` those it has other defaults for; the rest keep
+    the kernel's help and defaults. `fields` are those of `Method`.
     """
     target = f"{kernel.__module__}:{kernel.__qualname__}"
     whole = next(m for m in registry.methods(kind=KIND) if m.target == target and not m.settings)
-    fixed = fields["settings"]
-    unknown = set(fixed) - set(inspect.signature(kernel).parameters)
-    if unknown:
+    own = dict(defaults or {})
+    known = {option.name for option in whole.options}
+    if unknown := {*settings, *own} - known:
         raise ValueError(f"{name}: {sorted(unknown)} are no options of {kernel.__qualname__}")
-    left = tuple(option for option in whole.options if option.name not in fixed)
-    return register_preset(kernel, name, kind=KIND, options=left, **fields)
+    left = tuple(
+        replace(option, default=own.get(option.name, option.default))
+        for option in whole.options
+        if option.name not in settings
+    )
+    given = {**settings, **own}
+    return register_preset(kernel, name, kind=KIND, options=left, settings=given, **fields)
 
 
 def find_converter(name: str, options: Mapping[str, Any]) -> Converter:

@@ -1,10 +1,10 @@
 """A dense model as a MoE of copies and slices of its own feed-forward networks.
 
-One kernel: N copies of the F neurons, each cut into s slices, so E = N s experts of width F / s; a
-token is given the slices of m copies, so K = m s; a share of the neurons may be common to all
-tokens as a shared expert. The slices of a copy have one router row between them: the best copies
-are chosen whole. What the weights leave out of the sum is put back by the down projections alone,
-in which a GLU is linear; the published methods are settings of this.
+One kernel: E experts are E / s copies of the F neurons, each cut into s slices of width F / s; a
+share of the neurons may be common to all tokens as a shared expert. The slices of a copy have one
+router row between them, so that with K a multiple of s the best copies are chosen whole. What the
+weights leave out of the sum is put back by the down projections alone, in which a GLU is linear.
+The published methods are settings of this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.core.seeds import generator
 from moekit.upcycle.assemble import MoEParts, assemble
-from moekit.upcycle.converter import Job, Made, preset, upcycler
+from moekit.upcycle.converter import Job, Made, upcycler
 from moekit.upcycle.ffn import FFN, dense_ffn, each, neurons, scaled
 from moekit.upcycle.layer_choice import CHOICES, chosen_layers
 from moekit.upcycle.routers import ROUTERS, initial_rows
@@ -33,23 +33,24 @@ ROUNDED = 2.0**-6
 
 @dataclass(frozen=True)
 class Shape:
-    """N copies of s slices of `routed` neurons each copy, m copies for a token, and the neurons
-    that are shared: a `common` part of the network, or `whole` copies of it."""
+    """E experts, K for a token, s slices a copy, which has `routed` neurons, and the neurons that
+    are shared: a `common` part of the network, or `whole` copies of it."""
 
-    copies: int
+    num_experts: int
+    top_k: int
     slices: int
-    active: int
     routed: int
     common: int
     whole: int
 
     @property
-    def num_experts(self) -> int:
-        return self.copies * self.slices
+    def copies(self) -> int:
+        return self.num_experts // self.slices
 
     @property
-    def top_k(self) -> int:
-        return self.active * self.slices
+    def chosen_whole(self) -> bool:
+        """Whether the chosen slices make up whole copies."""
+        return self.top_k % self.slices == 0
 
     @property
     def expert_width(self) -> int:
@@ -62,9 +63,9 @@ class Shape:
     needs=("weights",),
     limits="Families without a MoE class of their own kind are refused by name.",
     options={
-        "copies": "copies of each network",
-        "slices": "slices of a copy; experts are copies times slices",
-        "active": "copies whose slices a token is given; top_k is active times slices",
+        "experts": "experts of a layer; there are experts / slices copies of its network",
+        "top_k": "experts for a token; a multiple of slices keeps copies whole",
+        "slices": "slices that a copy is cut into",
         "shared": "share of the neurons that a shared expert holds for all tokens",
         "shared_copies": "whole copies beside the experts as a shared expert",
         "layers": f"which layers get experts: {CHOICES}",
@@ -81,9 +82,9 @@ class Shape:
 def dense_to_moe(
     job: Job,
     *,
-    copies: int = 8,
+    experts: int = 8,
+    top_k: int = 2,
     slices: int = 1,
-    active: int = 2,
     shared: float = 0.0,
     shared_copies: int = 0,
     layers: str = "all",
@@ -100,13 +101,13 @@ def dense_to_moe(
     stock class holds."""
     job.need_dense()
     job.need_alone()
-    _check(copies, slices, active, shared, shared_copies, reinit, noise, router_noise)
+    _check(experts, top_k, slices, shared, shared_copies, reinit, noise, router_noise)
     for value, known, name in ((weights, WEIGHTS, "weights"), (partition, PARTITIONS, "partition")):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; there are {' and '.join(known)}.")
     config = job.base.config
     chosen = chosen_layers(str(layers), job.base.num_layers)
-    shape = _shape(int(config.intermediate_size), copies, slices, active, shared, shared_copies)
+    shape = _shape(int(config.intermediate_size), experts, top_k, slices, shared, shared_copies)
     wanted = Wanted(
         shape.num_experts,
         shape.top_k,
@@ -134,19 +135,19 @@ def dense_to_moe(
 
 
 def _check(
-    copies: int,
+    experts: int,
+    top_k: int,
     slices: int,
-    active: int,
     shared: float,
     shared_copies: int,
     reinit: float,
     noise: float,
     router_noise: float,
 ) -> None:
-    if min(copies, slices) < 1:
-        raise UserError(f"copies {copies} and slices {slices} must be 1 or more.")
-    if not 1 <= active <= copies:
-        raise UserError(f"active is {active}; a token is given 1 to {copies} copies.")
+    if slices < 1 or experts < 1 or experts % slices:
+        raise UserError(f"experts is {experts}; it must be a multiple of slices, {slices}.")
+    if not 1 <= top_k <= experts:
+        raise UserError(f"top_k is {top_k}; a token is given 1 to {experts} experts.")
     if not 0 <= shared < 1:
         raise UserError(f"shared is {shared}; it is a share of the neurons, 0 to below 1.")
     if shared_copies < 0 or (shared and shared_copies):
@@ -158,7 +159,7 @@ def _check(
 
 
 def _shape(
-    width: int, copies: int, slices: int, active: int, shared: float, shared_copies: int
+    width: int, experts: int, top_k: int, slices: int, shared: float, shared_copies: int
 ) -> Shape:
     common = round(width * shared)
     routed = width - common
@@ -168,15 +169,15 @@ def _shape(
             f"{routed} routed neurons cannot be cut into {slices} equal slices; slices may be "
             f"{', '.join(map(str, shares))}."
         )
-    return Shape(copies, slices, active, routed, common, shared_copies)
+    return Shape(experts, top_k, slices, routed, common, shared_copies)
 
 
 def _factors(shape: Shape, weights: str, target: Target) -> tuple[float, float]:
     """What the down projections of experts and shared expert are multiplied by."""
-    # Every slice of the chosen copies adds its weight times its part of the output.
+    # The weights that one part of the output is given; raw ones are near 1/E.
     total = 1 / shape.slices
     if weights == "raw":
-        total = shape.active / shape.num_experts
+        total *= shape.top_k / shape.num_experts
     whole = 1 + shape.whole
     return 1 / (total * whole), 1 / (target.shared_gain * whole)
 
@@ -272,7 +273,13 @@ def _start(
     if reinit or noise:
         what = "neurons of every expert are drawn anew" if reinit else "there is noise on experts"
         return Start.not_equal(f"{what}, which breaks the symmetry of the copies.")
-    if shape.slices > 1 and (router_noise or router == "zero"):
+    if not shape.chosen_whole:
+        return Start.not_equal(
+            f"a token is given {shape.top_k} slices of copies that were cut into {shape.slices}; "
+            "the sum lacks neurons."
+        )
+    some_copies = shape.top_k < shape.num_experts
+    if shape.slices > 1 and (router_noise or (some_copies and router == "zero")):
         return Start.not_equal(
             "the slices of a copy are not chosen together: their router rows "
             f"{'differ' if router_noise else 'tie with those of other copies'}."
@@ -289,7 +296,7 @@ def _start(
             + (", which is made up for only on average." if keep_output else ".")
         )
     if not keep_output:
-        if shape.slices == 1 and not shape.whole:
+        if shape.slices == 1 and not shape.whole and not shape.common:
             return Start.equal("all experts are copies and their weights add up to one.")
         return Start.not_equal(
             f"the weights of the {shape.slices} slices of a copy add up to one, so the output is "
@@ -311,13 +318,3 @@ def _rounds(factor: float) -> bool:
 
 def _is_short(job: Job) -> bool:
     return dense_ffn(job.base, 0).down.dtype != torch.float32
-
-
-preset(
-    dense_to_moe,
-    "sparse",
-    title="Every expert a copy of the dense network",
-    paper="Sparse Upcycling 2212.05055",
-    needs=("weights",),
-    settings={"slices": 1, "reinit": 0.0, "shared": 0.0, "shared_copies": 0},
-)

@@ -30,7 +30,7 @@ from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 from moekit.upcycle.card import card
 from moekit.upcycle.check_start import measure_start
-from moekit.upcycle.converter import Job, Made, by_parameter, find_converter
+from moekit.upcycle.converter import Entry, Job, Made, by_parameter, find_converter
 from moekit.upcycle.start import Start
 from moekit.upcycle.tokenizers import check_tokenizers
 
@@ -39,15 +39,15 @@ from moekit.upcycle.tokenizers import check_tokenizers
 class Request:
     """What is asked for: a method with its options, and the models it works on.
 
-    `others` are models beside the base. `prompts` maps those models to texts, by "positive" and
-    "negative". `dtype` is None for that of the source; `to` is a layout of `convert`.
+    `others` are models beside the base and `entries` what is said of each of them, or empty.
+    `dtype` is None for that of the source; `to` is a layout of `convert`.
     """
 
     method: str
     base: str
     others: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    prompts: Mapping[str, Mapping[str, list[str]]] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
     dtype: str | None = None
     to: str = FUSED
 
@@ -112,7 +112,7 @@ def upcycle(
                 others,
                 seed,
                 None if stats is None else ExpertStats.load(stats),
-                request.prompts,
+                request.entries,
             )
         )
         tensors = laid_out(made, request)
