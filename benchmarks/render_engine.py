@@ -126,6 +126,7 @@ def run_forecast(record: dict[str, Any]) -> str:
             f"{row['measured']:.1f}",
             f"{row['forecast']:.1f}",
             f"{row['ratio']:.2f}",
+            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
         ]
         for row in record["metrics"]["rows"]
     ]
@@ -136,9 +137,9 @@ def run_forecast(record: dict[str, Any]) -> str:
             f"{record['options']['width']:,} neurons at 4 bits, {record['options']['threads']} "
             "threads, decoding validation text one token after the other with a share of the "
             "experts in memory: how many of those asked for were there, how many a trace of "
-            "training text led to expect, tokens a second (the fastest of "
-            f"{record['options']['repeats']} runs), and the forecast of `moekit run --dry-run "
-            "--trace` just before. " + machine(record),
+            "training text led to expect, tokens a second (of "
+            f"{record['options']['repeats']} runs that with the middle ratio), and the forecast of "
+            "`moekit run --dry-run --trace` just before it. " + machine(record),
             table(
                 [
                     "runner, experts",
@@ -147,6 +148,7 @@ def run_forecast(record: dict[str, Any]) -> str:
                     "tokens/s",
                     "forecast",
                     "ratio",
+                    "range",
                 ],
                 rows,
             ),
