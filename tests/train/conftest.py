@@ -46,7 +46,10 @@ def texts(tmp_path_factory) -> Path:
 
 
 def write_recipe(folder: Path, **sections: dict | None) -> Path:
-    """A recipe in `folder` for a run of seconds; a model of None is the dense one."""
+    """A recipe in `folder` for a run of seconds; a model of None is the dense one.
+
+    A model with its own `model_type` stands alone; other values change what the others hold.
+    """
     raw = {
         "name": "tiny",
         "model": MOE,
@@ -59,7 +62,10 @@ def write_recipe(folder: Path, **sections: dict | None) -> Path:
         },
     }
     for section, values in sections.items():
-        raw[section] = DENSE if values is None else {**raw.get(section, {}), **values}
+        if section == "model" and (values is None or "model_type" in values):
+            raw[section] = DENSE if values is None else values
+        else:
+            raw[section] = {**raw.get(section, {}), **(values or {})}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

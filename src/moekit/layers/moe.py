@@ -64,9 +64,14 @@ class MoELayer(nn.Module):
             self.pool = pool
 
     def __getattr__(self, name: str):
-        if name == "pool" and "_lent" in self.__dict__:
+        if name == "pool" and self.lent:
             return self._lent[0]
         return super().__getattr__(name)
+
+    @property
+    def lent(self) -> bool:
+        """Whether the pool belongs to another layer."""
+        return "_lent" in self.__dict__
 
     @property
     def decodes(self) -> bool:

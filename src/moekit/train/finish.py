@@ -10,6 +10,8 @@ import torch
 
 from moekit.core.find import find_moe
 from moekit.core.record import FileHash, RunRecord
+from moekit.layers import MoekitForCausalLM
+from moekit.layers.stock import stock_family, to_stock
 
 from .run import Run
 
@@ -19,6 +21,7 @@ def finish(
 ) -> Path:
     """Write the model in bf16 with its tokenizer, card, log and probes, and rename it to `out`.
 
+    A model of moekit's layers that equals a stock family is written as that family.
     `score` is the evaluation on the whole validation text and `last` the last log entry; `record`
     is completed and saved beside the weights. The unfinished run's folder is removed only after
     `out` stands.
@@ -27,6 +30,9 @@ def finish(
     shutil.rmtree(target, ignore_errors=True)
     # Names of how training computed; another machine computes in its own way.
     run.model.set_attn_implementation("sdpa")
+    if isinstance(run.model, MoekitForCausalLM) and stock_family(run.model):
+        run.model = to_stock(run.model)
+        run.say(f"written as {run.model.config.model_type}, which computes the same")
     if find_moe(run.model):
         run.model.set_experts_implementation("grouped_mm")
     run.model.to(torch.bfloat16).save_pretrained(target)
@@ -57,9 +63,9 @@ def model_card(run: Run, score: dict[str, Any], last: dict[str, Any]) -> str:
     lines = [
         f"# {recipe.name}",
         "",
-        f"A {recipe.model['model_type']} language model of {total:,} parameters, trained by moekit "
-        f"on {last['tokens']:,} tokens (seed {recipe.train.seed}). The recipe, the log and probe "
-        "traces of its routing are in `training/`.",
+        f"A {run.model.config.model_type} language model of {total:,} parameters, trained by "
+        f"moekit on {last['tokens']:,} tokens (seed {recipe.train.seed}). The recipe, the log and "
+        "probe traces of its routing are in `training/`.",
         "",
         "| domain | training tokens in an epoch | share of the mix | bits per byte (valid) |",
         "|---|---|---|---|",

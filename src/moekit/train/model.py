@@ -18,12 +18,13 @@ from moekit.ops.grouped import GROUPED, grouped_backend, has_plain_banks
 from .recipe import Recipe
 
 
-def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
-    """The recipe's model in fp32, freshly initialised from `train.seed`.
+def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
+    """The config of the recipe's model.
 
-    Raises UserError for an unknown family or arguments that its config rejects.
+    Raises UserError for an unknown family, arguments that its config rejects, and settings that
+    parts of moekit's own layers refuse; nothing is allocated.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     arguments = dict(recipe.model)
     family = arguments.pop("model_type")
@@ -42,9 +43,19 @@ def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     except (ValueError, TypeError) as error:
         raise UserError(f"model: {family} rejects these arguments: {error}") from error
     if family == MoekitConfig.model_type:
-        # Every part says what is wrong with its settings before a byte is allocated.
         with torch.device("meta"):
             MoekitForCausalLM(config)
+    return config
+
+
+def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
+    """The recipe's model in fp32, freshly initialised from `train.seed`.
+
+    Raises UserError as `model_config`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(recipe, vocab_size, end_id)
     torch.manual_seed(recipe.train.seed)
     attention = recipe.train.attention
     config._attn_implementation = (

@@ -11,7 +11,7 @@ from moekit.evaluate.text import Sample
 
 from .data import PackedMix, mixing_weights, read_domains, tokenize_domains
 from .distributed import World
-from .model import build_model
+from .model import build_model, model_config
 from .recipe import Recipe
 from .state import find_checkpoint
 from .tokenizer import END_OF_TEXT, train_tokenizer
@@ -57,6 +57,8 @@ def prepare(
     `say` gets lines for people and `advance` (steps done, steps in all) after every step. The main
     process does the work that leaves files in `folder`; the others wait and read them.
     """
+    # Before minutes go into a tokenizer.
+    model_config(recipe, recipe.tokenizer.vocab_size, 0)
     texts = read_domains(data, recipe.data.train)
     held_out = read_domains(data, recipe.data.valid) if recipe.data.valid else {}
     saved = folder / "tokenizer"
