@@ -13,10 +13,20 @@ ROUTER_OPTIONS = {
     "moge": {"groups": 2},
     "deepseek-v2": {"groups": 4, "keep_groups": 2},
     "deepseek-v3": {"groups": 4, "keep_groups": 2},
+    "adamoe": {"null": 2},
+    "token-rounding": {"tile": 2},
+    "progressive-sparsity": {"until": 5, "early": [4]},
+    "rexmoe": {"candidates": 4, "start": 0, "end": 5},
+    "ssr": {"probability": 1.0, "differentiable": True},
 }
 EXPERT_OPTIONS = {
     "swiglu": {"expert_width": 24},
     "ffn": {"expert_width": 24},
+    "latent": {"expert_width": 24, "group": 2},
+    "low-rank": {"expert_width": 24, "latent_width": 8},
+    "monet-horizontal": {"expert_width": 24},
+    "monet-vertical": {"expert_width": 24},
+    "ternary": {"expert_width": 24},
 }
 ROUTERS = [method.name for method in registry.methods(kind="router")]
 EXPERTS_TYPES = [method.name for method in registry.methods(kind="expert")]

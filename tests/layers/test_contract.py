@@ -141,8 +141,9 @@ def test_a_bank_equals_one_pair_at_a_time(name):
         # A dense upstream gradient: grouped_mm rejects an expanded one.
         if out.requires_grad:
             out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
-        grads = [rows.grad, weight.grad, *(param.grad for param in pool.parameters())]
-        same.append([out, *(torch.zeros(1) if g is None else g for g in grads)])
+        inputs = [rows, weight, *pool.parameters()]
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+        same.append([out, *grads])
     for fast, slow in zip(*same, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
 

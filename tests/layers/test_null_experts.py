@@ -47,14 +47,15 @@ def test_without_null_experts_it_is_plain_top_k():
 
 
 def test_weights_sum_to_one_over_real_experts_and_null_ones_have_none():
-    router = build_router("adamoe", D, 6, 3, null=3)
+    router = build_router("adamoe", D, 6, 2, null=3)
     torch.nn.init.normal_(router.score.weight)
     routing = router(hidden()[0], RouterContext(1, T))
     ids, weights = routing.topk()
     real = ids < 3
     assert (weights[~real] == 0).all()
     some = real.any(1)
-    assert some.any() and not some.all()
+    assert some.any()
+    assert not some.all()
     torch.testing.assert_close(weights.sum(1), some.float())
 
 
@@ -76,7 +77,8 @@ def test_permuting_null_rows_changes_nothing():
     with torch.no_grad():
         null = layer.router.score.weight[E:]
         null.copy_(null.flip(0).clone())
-    assert torch.equal(layer(hidden()), expected)
+    # The softmax adds the null experts up in another order.
+    torch.testing.assert_close(layer(hidden()), expected, rtol=1e-5, atol=1e-8)
 
 
 def test_bad_numbers_of_null_experts_are_told():

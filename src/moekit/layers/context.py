@@ -25,8 +25,8 @@ class RouterContext:
     step, over all processes) key every random draw. `token_mask` [T] is False for padding,
     `token_id` [T] the vocabulary's number, `token_type` [T] an integer (modality, document, task),
     `key` [T, Dk] what the router reads in place of the hidden state (a timestep's embedding),
-    `position` [T] the place in the sequence. `cost` [E] is the work of the layer's experts; the
-    layer sets it.
+    `position` [T] the place in the sequence. `cost` [E] is the work of the layer's experts and
+    `round` counts the decisions of one layer; the layer sets both.
 
     `carry` is handed from layer to layer: a router puts there what the same router of a later layer
     reads (a recurrent state, logits), under its own name. `records` holds the routings so far.
@@ -45,6 +45,7 @@ class RouterContext:
     key: Tensor | None = None
     position: Tensor | None = None
     cost: Tensor | None = None
+    round: int = 0
     carry: dict[str, Any] = field(default_factory=dict)
     records: list[Routing] = field(default_factory=list)
 
@@ -59,7 +60,12 @@ class RouterContext:
         shared `carry` or list of records would then hold their state.
         """
         return dataclasses.replace(
-            self, layer=layer, carry=dict(self.carry), records=list(self.records), cost=None
+            self,
+            layer=layer,
+            carry=dict(self.carry),
+            records=list(self.records),
+            cost=None,
+            round=0,
         )
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -71,4 +77,6 @@ class RouterContext:
         return self._generator(f"{purpose} of step {self.step}", device)
 
     def _generator(self, purpose: str, device: torch.device | str) -> torch.Generator:
+        # The first round's draws are those of a layer of one round.
+        purpose += f" round {self.round}" if self.round else ""
         return seeds.generator(self.seed, purpose, self.layer, str(device))

@@ -38,8 +38,7 @@ class Capacity:
         factor = self.factor if context.training else self.eval_factor
         if factor is None:
             return routing
-        tokens = int(routing.num_real_tokens)
-        places = math.ceil(factor * self.top_k * tokens / routing.num_experts)
+        places = self.places(routing, factor)[routing.expert]
         order = torch.argsort(self._priority(routing, context), stable=True)
         place = torch.empty_like(order)
         place[order] = _place_in_expert(routing.expert[order], routing.num_experts)
@@ -47,6 +46,12 @@ class Capacity:
         if routing.token_mask is not None:
             keep &= routing.token_mask[routing.token]
         return keep_pairs(routing, keep)
+
+    def places(self, routing: Routing, factor: float) -> Tensor:
+        """Places in every expert: int64 [E]."""
+        tokens = int(routing.num_real_tokens)
+        each = math.ceil(factor * self.top_k * tokens / routing.num_experts)
+        return torch.full((routing.num_experts,), each, device=routing.expert.device)
 
     def _priority(self, routing: Routing, context: RouterContext) -> Tensor:
         """Smaller comes first; equal ones in token order."""

@@ -142,6 +142,11 @@ class MoekitModel(MoekitPreTrainedModel):
                 mlp = build_layer(width, recipe, owner.pool if owner is not None else None)
             layers.append(MoekitDecoderLayer(config, index, parts, mlp))
         self.layers = nn.ModuleList(layers)
+        # Parts that routers of several layers have in common; here, so that they are saved once.
+        self.shared = nn.ModuleDict()
+        for part in list(self.layers.modules()):
+            if hasattr(part, "share"):
+                part.share(self.shared)
         self.norm = parts.norm(width, eps=config.rms_norm_eps)
         self.rotary_emb = parts.rotary(config=config)
         self.gradient_checkpointing = False

@@ -114,6 +114,7 @@ class PipelineRouter(nn.Module):
             unit_of_token=unit_of_token,
             cost=context.cost,
             layer=context.layer,
+            round=context.round,
         )
         for edit in self.edits:
             routing = edit(routing, context)
