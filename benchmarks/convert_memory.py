@@ -101,13 +101,15 @@ def make(path: Path, layers: int) -> None:
         writer.commit()
 
 
-def measure(source: Path, out: Path, to: str, code: str = CHILD) -> dict[str, float]:
+def measure(
+    source: Path, out: Path, to: str, code: str = CHILD, python: str = sys.executable
+) -> dict[str, float]:
     """Run one conversion in a process of its own and sample its anonymous memory every 5 ms.
 
     `code` is what the process runs with the other arguments; it says when it begins and ends.
     """
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(source), str(out), to],
+        [python, "-c", code, str(source), str(out), to],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moekit.cli.common import JsonOption, SeedOption, ThreadsOption, note, output, progress
+from moekit.cli.compress_options import SeqLenOption
 from moekit.core.errors import UserError
 from moekit.core.memory import bytes_of, format_bytes
 
@@ -42,6 +45,19 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and the models, and stop.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help='Text for methods that learn from it, in place of the recipe: JSONL with "text", '
+            "plain text, directories of both; repeatable.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read so many tokens of it for each model; 65536 by default."),
+    ] = None,
+    seq_len: SeqLenOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -53,16 +69,18 @@ def merge(
     """
     with output(as_json) as printed:
         from moekit.cli.common import set_up
-        from moekit.merge.recipe import load_merge
+        from moekit.merge.recipe import load_merge, with_text
 
         size = None if max_shard_size is None else bytes_of(max_shard_size)
         if size is not None and size < SMALLEST_SHARD:
             raise UserError(f"--max-shard-size {max_shard_size} is below 1 MiB")
-        recipes = load_merge(recipe)
+        text = {"files": tuple(data) if data else None, "max_tokens": max_tokens}
+        text["seq_len"] = seq_len
+        recipes = [with_text(one, text) for one in load_merge(recipe)]
         set_up(seed, threads)
         from moekit.merge.run import run_recipe
 
-        with progress("merge", "B") as update:
+        with progress("merge", "B") as update, _parts() as told:
             result = run_recipe(
                 recipes,
                 out,
@@ -71,6 +89,7 @@ def merge(
                 restart=restart,
                 dry_run=dry_run,
                 progress=update,
+                told=told,
                 note=note,
                 **({} if size is None else {"max_shard_bytes": size}),
             )
@@ -96,3 +115,18 @@ def merge(
                 "seconds": result.seconds,
             }
         )
+
+
+@contextmanager
+def _parts() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, all) that draws what is found out before the merge."""
+    from tqdm import tqdm
+
+    with tqdm(disable=None, leave=False) as bar:
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update

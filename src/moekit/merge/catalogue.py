@@ -6,12 +6,19 @@ from typing import Any
 
 from moekit.core.registry import Option, register_preset, registry
 from moekit.merge.job import REQUIRED, MergeMethod
-from moekit.merge.methods import OTHERS, TASK_VECTORS, merge_method
+from moekit.merge.methods import ALL, merge_method
 
 _BASE = "Needs a base_model."
+_TEXT = "Needs text (--data)."
 _TIES, _DARE, _DELLA = "TIES 2306.01708", "DARE 2311.03099", "DELLA 2406.11617"
 _CRUMBS, _TSV, _ISO = "Model breadcrumbs 2312.06795", "TSV-M 2412.00081", "Iso-C 2502.04959"
 _RESCALED = f"{_BASE} In mergekit's dialect the sum of magnitudes is kept, not the expectation."
+
+# Beside weights.
+NEEDS = {
+    **dict.fromkeys(("regmean", "aim"), ("data",)),
+    **dict.fromkeys(("fisher", "sens", "adamerging", "fw_hard", "fw_soft"), ("data", "gradients")),
+}
 
 # name -> (title, paper, limits)
 _ROWS: dict[str, tuple[str, str, str]] = {
@@ -85,6 +92,46 @@ _ROWS: dict[str, tuple[str, str, str]] = {
     ),
     "iso_c": ("Summed task vectors with equal singular values", _ISO, _BASE),
     "iso_cts": ("Equal singular values, common and task directions", _ISO, _BASE),
+    "varm": (
+        "Weighted by how far each model moved, tensor by tensor",
+        "FuseChat 2408.07990",
+        f"{_BASE} The coefficients of FuseChat's first version; `sce` selects and erases too.",
+    ),
+    "fisher": (
+        "Averaged entry by entry by Fisher information",
+        "Fisher merging 2111.09832",
+        f"{_TEXT} Backward passes; a model in float32 three times in memory.",
+    ),
+    "regmean": (
+        "The matrix whose outputs are nearest to every model's on its own inputs",
+        "RegMean 2212.09849",
+        f"{_TEXT} Other tensors are averaged.",
+    ),
+    "aim": (
+        "A merge moved back to its base where the base's inputs are large",
+        "AIM 2502.02421",
+        f"{_BASE} {_TEXT} Takes one model, a merge: for instance the step before.",
+    ),
+    "sens": (
+        "Task vectors weighted by layer by how sensitive each model is to it",
+        "Sens-Merging 2502.12420",
+        f"{_BASE} {_TEXT} Without the paper's factor across tasks, of which no code is published.",
+    ),
+    "adamerging": (
+        "Coefficients by layer or task that give the least entropy",
+        "AdaMerging 2310.02575",
+        f"{_BASE} {_TEXT} Backward passes; reads all models once a step.",
+    ),
+    "fw_hard": (
+        "Step by step towards the model that a gradient points to",
+        "FW-Merging 2503.12649",
+        f"{_BASE} {_TEXT} Backward passes. Stays within the hull of the models.",
+    ),
+    "fw_soft": (
+        "The models that gradients point to, weighted by learned coefficients",
+        "FW-Merging 2503.12649",
+        f"{_BASE} {_TEXT} Backward passes.",
+    ),
     "knots": (
         "TIES in the basis that all task vectors share",
         "KnOTS 2410.19735",
@@ -119,6 +166,22 @@ _HELPS = {
     "calibration": "weight of significant columns",
     "r": "boost by the ratio of shared to unique changes",
     "alpha": "largest ratio",
+    "norm": "divide by the norm of each model's information",
+    "floor": "least information of an entry of the first model",
+    "floor_all": "of every model",
+    "ridge": "how strongly the average holds",
+    "omega": "what is left of the change of the column with the largest input",
+    "temperature": "of the softmax over the models",
+    "granularity": "layer: a coefficient for each tensor and model; task: for each model",
+    "loss": "entropy of the next token, or cross-entropy",
+    "init": "coefficients at the start",
+    "steps": "steps of the optimiser, or of Frank-Wolfe",
+    "inner_steps": "steps of the optimiser in each step",
+    "lr": "learning rate",
+    "batch": "sequences a model's text gives to a step",
+    "step_size": "factor of the step 2 / (step + 2)",
+    "oracle": "inner: the inner product with the gradient; cosine: that of each tensor",
+    "start": "average of the models, or the base",
     "common": "share of directions that are common",
 }
 
@@ -145,7 +208,7 @@ def _option(key: str, default: Any) -> Option:
     return Option(key, kind, _HELPS[key], None if required else default, required)
 
 
-for _name in (*TASK_VECTORS, *(_method.name for _method in OTHERS)):
+for _name in ALL:
     _title, _paper, _limits = _ROWS[_name]
     register_preset(
         merge_method,
@@ -153,7 +216,7 @@ for _name in (*TASK_VECTORS, *(_method.name for _method in OTHERS)):
         kind="merge",
         title=_title,
         paper=_paper,
-        needs=("weights",),
+        needs=("weights", *NEEDS.get(_name, ())),
         limits=_limits,
         settings={"name": _name},
         options=_options(merge_method(name=_name)),

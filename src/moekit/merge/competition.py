@@ -31,9 +31,7 @@ def sce(deltas: Tensor, select: float = 1.0, *, erase_from: str = "deltas") -> T
             return torch.zeros_like(deltas[0])
         mask = largest([variance], count).keep(variance)
         chosen = deltas * mask
-    squares = chosen.square().flatten(1).mean(1)
-    total = float(squares.sum())
-    share = squares / total if total >= 1e-6 else torch.full_like(squares, 1 / len(squares))
+    share = square_shares(chosen)
     factors = share.view(-1, *[1] * (deltas.ndim - 1))
     merged = chosen if erase_from == "deltas" else deltas
     consensus = Consensus()
@@ -44,6 +42,14 @@ def sce(deltas: Tensor, select: float = 1.0, *, erase_from: str = "deltas") -> T
     else:
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     return (factors * mask_N * merged).sum(0) / divisor
+
+
+def square_shares(deltas: Tensor) -> Tensor:
+    """Each task vector's mean square over the sum of all, [N] of deltas [N, ...]; even if none
+    moved (FuseChat, 2408.07990)."""
+    squares = deltas.square().flatten(1).mean(1)
+    total = float(squares.sum())
+    return squares / total if total >= 1e-6 else torch.full_like(squares, 1 / len(squares))
 
 
 def pcb(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.merge.task_vectors import Settings, read_rows
 
+if TYPE_CHECKING:
+    from moekit.merge.preparation import Preparation
+
 REQUIRED = object()
 Rows = Iterator[tuple[int, Tensor]]
+Prepare = Callable[["Mapping[str, TensorJob]", "Preparation"], "Mapping[str, TensorJob]"]
 # Elements of a block: small enough that a few of them stay in the caches of one core.
 BLOCK_ELEMENTS = 2**18
 
@@ -24,7 +28,9 @@ class TensorJob:
 
     `tensors` and `base` (None where the recipe has none) are read by rows. `per_model` has a value
     for each of `tensors`. `dtype` is that of the arithmetic. `generator(i)` gives a fresh random
-    generator for model i, fixed by seed, model and tensor.
+    generator for model i, fixed by seed, model and tensor. `origins` are the (model, name) of each
+    of `tensors`, `base_origin` that of the base. `statistics` has for each of `tensors` what was
+    measured for it, or None.
     """
 
     name: str
@@ -34,6 +40,9 @@ class TensorJob:
     options: Mapping[str, Any]
     dtype: torch.dtype
     generator: Callable[[int], torch.Generator]
+    origins: tuple[tuple[str, str], ...] = ()
+    base_origin: tuple[str, str] | None = None
+    statistics: Sequence[Any] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +80,21 @@ class TensorJob:
         base = self.whole(self.base)
         return torch.stack([tensor - base for tensor in self.all_whole()])
 
+    def of_expert(self, expert: int) -> TensorJob:
+        """The same for one entry of the first axis, with random draws of its own."""
+
+        def drawn(model: int) -> torch.Generator:
+            source = self.generator(model)
+            return source.manual_seed((source.initial_seed() + expert) % 2**63)
+
+        return replace(
+            self,
+            base=None if self.base is None else self.base[expert],
+            tensors=[tensor[expert] for tensor in self.tensors],
+            statistics=[None if one is None else one[expert] for one in self.statistics],
+            generator=drawn,
+        )
+
 
 class _Cast:
     """A tensor that is read in another dtype."""
@@ -96,7 +120,8 @@ class MergeMethod:
 
     `base` is needed, optional, first (one of the models, which comes first) or none.
     `per_model` and `options` map parameters to defaults; `REQUIRED` has none. `settings` are those
-    of a method of the task-vector kernel.
+    of a method of the task-vector kernel. `prepare` is called once with all tensors of the method
+    before any is merged, and gives them with what it found out; `data` says that it reads text.
     """
 
     name: str
@@ -106,6 +131,8 @@ class MergeMethod:
     options: Mapping[str, Any] = field(default_factory=dict)
     models: tuple[int, int | None] = (1, None)
     settings: Settings | None = None
+    prepare: Prepare | None = None
+    data: bool = False
 
     def check(self, count: int, has_base: bool) -> None:
         """Raise `UserError` unless it merges `count` models beside a base, or without one."""

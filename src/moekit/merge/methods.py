@@ -15,9 +15,12 @@ from torch import Tensor
 from moekit.core.errors import UserError
 from moekit.merge import competition, spherical, subspace
 from moekit.merge.consensus import Consensus
-from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Rows, TensorJob
+from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Prepare, Rows, TensorJob
+from moekit.merge.learned import METHODS as LEARNED
 from moekit.merge.sparsify import Density
+from moekit.merge.statistics import METHODS as STATISTICS
 from moekit.merge.task_vectors import Part, Settings, merge_rows
+from moekit.merge.whole_model import compete
 
 _MASS = Consensus("mass")
 _MEAN = Consensus("mass", mean=True)
@@ -170,6 +173,12 @@ def _sce(job: TensorJob) -> Tensor:
     return job.whole(job.base) + mixed
 
 
+def _varm(job: TensorJob) -> Tensor:
+    deltas = job.deltas()
+    share = competition.square_shares(deltas).view(-1, *[1] * (deltas.ndim - 1))
+    return job.whole(job.base) + float(job.options["lambda"]) * (share * deltas).sum(0)
+
+
 def _pcb(job: TensorJob) -> Tensor:
     options = job.options
     deltas = job.deltas().float()
@@ -293,6 +302,7 @@ OTHERS = (
         {},
         {"select_topk": 1.0, "select_applies_to": "deltas", "int8_mask": False},
     ),
+    MergeMethod("varm", ByTensor(_varm), "needed", {}, _LAMBDA),
     MergeMethod(
         "pcb",
         ByTensor(_pcb),
@@ -329,11 +339,14 @@ OTHERS = (
 )
 
 
+ALL = (*TASK_VECTORS, *(method.name for method in (*OTHERS, *STATISTICS, *LEARNED)))
+
+
 def merge_method(*, name: str, dialect: str = "mergekit") -> MergeMethod:
     """The method called `name` in one dialect ("mergekit" or "paper")."""
     if name in TASK_VECTORS:
         return _preset(name, dialect)
-    method = next(method for method in OTHERS if method.name == name)
+    method = next(method for method in (*OTHERS, *STATISTICS, *LEARNED) if method.name == name)
     if name == "model_stock" and dialect == "mergekit":
         return dataclasses.replace(method, options={**method.options, "clamp": False})
     return method
@@ -352,5 +365,12 @@ def _preset(name: str, dialect: str) -> MergeMethod:
         per_model["epsilon"] = settings.density.epsilon
     # Only changes the type of a mask in mergekit.
     options["int8_mask"] = False
+    prepare: Prepare | None = None
+    if settings.whole_model:
+        vote = settings.consensus or Consensus()
+
+        def prepare(jobs: Mapping[str, TensorJob], room: Any) -> Mapping[str, TensorJob]:
+            return compete(jobs, vote)
+
     run = _task_vectors(settings)
-    return MergeMethod(name, run, "needed", per_model, options, settings=settings)
+    return MergeMethod(name, run, "needed", per_model, options, settings=settings, prepare=prepare)

@@ -13,13 +13,11 @@ import torch
 from moekit.core.errors import UserError
 from moekit.core.seeds import generator
 from moekit.merge.catalogue import merge_methods
-from moekit.merge.consensus import Consensus
 from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Rows, TensorJob
 from moekit.merge.methods import SHARES
 from moekit.merge.parameters import Level, depth_of, resolve
 from moekit.merge.recipe import MergeRecipe, Slice, Source
-from moekit.merge.sources import MergeSources, common_shape, layer_of_name
-from moekit.merge.whole_model import majority_sign, whole_model_rules
+from moekit.merge.sources import MergeSources, common_shape, expert_banks, layer_of_name
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,11 +28,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A tensor of the result: how it is made, and the dtype it is written in."""
+    """A tensor of the result: how it is made, and the dtype it is written in.
+
+    With `by_expert` its first axis are experts, which are merged one by one.
+    """
 
     method: MergeMethod
     job: TensorJob
     dtype: torch.dtype
+    by_expert: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +55,13 @@ class MergedTensor:
 
     def pieces(self, first: int = 0) -> Rows:
         """(row, rows from there) from row `first` on, in order."""
+        if self.by_expert:
+            for expert in range(first, self.shape[0]):
+                job = self.job.of_expert(expert)
+                rows = [block for _, block in self.method.run(job)]
+                whole = torch.cat(rows) if job.shape else rows[0]
+                yield expert, whole.to(self.dtype).unsqueeze(0)
+            return
         for start, block in self.method.run(self.job):
             block = block.to(self.dtype)
             if block.ndim == 0:
@@ -81,39 +90,25 @@ def plan_merge(recipe: MergeRecipe, sources: MergeSources, seed: int) -> dict[st
     _check_parameters(recipe, methods)
     dtype = _dtype(recipe.dtype, "dtype") or (torch.float32 if recipe.dialect == "paper" else None)
     out_dtype = _dtype(recipe.out_dtype, "out_dtype") or _dtype(recipe.dtype, "dtype")
+    banks = expert_banks(sources[recipe.reference]) if recipe.scope == "expert" else set()
     made = {}
     for place in _places(recipe, sources):
-        made[place.name] = _merged(recipe, place, sources, methods, dtype, out_dtype, seed)
-    return _with_thresholds(made)
-
-
-def _with_thresholds(tensors: dict[str, MergedTensor]) -> dict[str, MergedTensor]:
-    """Let the magnitudes of whole models compete, where the method wants it; reads all of it."""
-    by_method: dict[str, dict[str, MergedTensor]] = {}
-    for name, tensor in tensors.items():
-        if tensor.method.settings is not None and tensor.method.settings.whole_model:
-            by_method.setdefault(tensor.method.name, {})[name] = tensor
-    made = dict(tensors)
-    for method, mine in by_method.items():
-        jobs = [tensor.job for tensor in mine.values()]
-        first = jobs[0]
-        densities = [float(density) for density in first.per_model["density"]]
-        weights = [float(weight) for weight in first.per_model["weight"]]
-        for job in jobs:
-            if job.per_model["density"] != first.per_model["density"]:
-                raise UserError(
-                    f"{method}: the magnitudes of the whole model compete, so each model has one "
-                    f"density; {job.name} has another than {first.name}."
-                )
-        settings = next(iter(mine.values())).method.settings
-        assert settings is not None
-        rules = whole_model_rules(jobs, densities)
-        vote = settings.consensus or Consensus()
-        found = {"thresholds": rules, "zero_sign": majority_sign(jobs, rules, weights, vote)}
-        for name, tensor in mine.items():
-            job = dataclasses.replace(tensor.job, options={**tensor.job.options, **found})
-            made[name] = dataclasses.replace(tensor, job=job)
+        tensor = _merged(recipe, place, sources, methods, dtype, out_dtype, seed)
+        made[place.name] = dataclasses.replace(tensor, by_expert=place.names[0] in banks)
     return made
+
+
+def reads_text(recipe: MergeRecipe) -> bool:
+    """Whether a method or a search of the recipe learns from text."""
+    methods = merge_methods(recipe.dialect)
+    used = (_known_method(name, methods) for name in _method_names(recipe))
+    return recipe.search is not None or any(method.data for method in used)
+
+
+def _method_names(recipe: MergeRecipe) -> list[str]:
+    names = [recipe.method, *(part.method for part in recipe.slices)]
+    names += [rule.method for rule in recipe.rules]
+    return [name for name in names if name is not None]
 
 
 def result_layers(recipe: MergeRecipe, sources: MergeSources) -> list[int]:
@@ -192,10 +187,12 @@ def _merged(
         f"{model}#{models[:number].count(model)}": _tensor(sources, model, used[number][1])
         for number, model in enumerate(models)
     }
-    below = None
+    origins = tuple((source.model, tensor) for source, tensor in used)
+    below = base_origin = None
     if method.base != "none" and base is not None:
         mine = [t for s, t in zip(part.sources, place.names, strict=True) if s.model == base]
-        below = _tensor(sources, base, mine[0] if mine else place.names[0])
+        base_origin = (base, mine[0] if mine else place.names[0])
+        below = _tensor(sources, *base_origin)
     shown = {model.partition("#")[0]: tensor for model, tensor in tensors.items()}
     common_shape(place.name, shown if below is None else {**shown, str(base): below})
 
@@ -219,6 +216,8 @@ def _merged(
         options,
         dtype or own,
         _generators(seed, place.name, list(tensors)),
+        origins,
+        base_origin,
     )
     return MergedTensor(method, job, out_dtype or own)
 
@@ -245,9 +244,7 @@ def _known_method(name: str, methods: Mapping[str, MergeMethod]) -> MergeMethod:
 
 def _check_parameters(recipe: MergeRecipe, methods: Mapping[str, MergeMethod]) -> None:
     """Every parameter is one of a method that the recipe uses, and every share is one."""
-    names = [recipe.method, *(part.method for part in recipe.slices)]
-    names += [rule.method for rule in recipe.rules]
-    used = [_known_method(name, methods) for name in names if name is not None]
+    used = [_known_method(name, methods) for name in _method_names(recipe)]
     known = {key for method in used for key in (*method.per_model, *method.options)}
     levels = [recipe.parameters, *(rule.parameters for rule in recipe.rules)]
     for part in recipe.slices:

@@ -9,6 +9,10 @@ mergekit's keys mean what they mean there: exactly one of `models` or `slices`; 
   of a tensor decides how that tensor is merged;
 - `align: experts`: the experts and neurons of MoE models come into the order of the base's, or the
   first model's, before they are merged (`align_experts`);
+- `scope: expert`: what a method takes over a tensor is taken over each expert of a bank instead;
+- `data`: text for methods that need it, files or {files, max_tokens, seq_len}; a model may have
+  `data` of its own;
+- `search`: {over, groups, budget, ...}: parameters of the models by layer, searched on `data`;
 - `steps`: a list of recipes with a `name` each; later ones may use the names as models.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,12 @@ from moekit.core.errors import UserError
 
 DIALECTS = ("mergekit", "paper")
 ALIGNMENTS = ("experts",)
+SCOPES = ("tensor", "expert")
 KEYS = {
     "align",
     "base_model",
     "chat_template",
+    "data",
     "dialect",
     "dtype",
     "merge_method",
@@ -36,6 +42,8 @@ KEYS = {
     "out_dtype",
     "parameters",
     "rules",
+    "scope",
+    "search",
     "slices",
     "tokenizer",
     "tokenizer_source",
@@ -44,12 +52,41 @@ UNSUPPORTED = {"modules": "models of several towers"}
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text that methods learn from: files as `read_texts` takes them, and how much of it."""
+
+    files: tuple[str, ...] = ()
+    max_tokens: int = 65_536
+    seq_len: int = 512
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search of the models' parameters `over`, one value for each group of layers and model.
+
+    `budget` merges are tried, by CMA-ES from the recipe's values with steps of `sigma`; values stay
+    within `low` and `high`.
+    """
+
+    over: tuple[str, ...] = ("weight",)
+    groups: int = 4
+    budget: int = 100
+    sigma: float = 0.2
+    low: float = 0.0
+    high: float = 1.5
+
+
+@dataclass(frozen=True)
 class Source:
-    """One model's part of a slice: layers [first, last) of it, None for all, and its parameters."""
+    """One model's part of a slice: layers [first, last) of it, None for all, and its parameters.
+
+    `data` are files of text for this model alone.
+    """
 
     model: str
     layers: tuple[int, int] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +119,9 @@ class MergeRecipe:
     rules: tuple[Rule, ...] = ()
     dialect: str = "mergekit"
     align: str | None = None
+    scope: str = "tensor"
+    text: Text = field(default_factory=Text)
+    search: Search | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: Any = None
@@ -92,6 +132,14 @@ class MergeRecipe:
     def reference(self) -> str:
         """The base, or else the first model: what others are aligned to, and the config's donor."""
         return self.base or self.slices[0].sources[0].model
+
+    def files_of(self, model: str) -> tuple[str, ...]:
+        """The files of text of one model: its own, else those of the recipe."""
+        for part in self.slices:
+            for source in part.sources:
+                if source.model == model and source.data:
+                    return source.data
+        return self.text.files
 
     @property
     def models(self) -> list[str]:
@@ -133,6 +181,12 @@ def load_merge(path: Path) -> list[MergeRecipe]:
     return recipes
 
 
+def with_text(recipe: MergeRecipe, given: Mapping[str, Any]) -> MergeRecipe:
+    """The recipe with other fields of its `Text`; those that are None stay."""
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(recipe, text=replace(recipe.text, **changes))
+
+
 def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
     """A checked recipe from plain data, without `steps`."""
     if not isinstance(raw, Mapping):
@@ -149,6 +203,9 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
     align = raw.get("align")
     if align is not None and align not in ALIGNMENTS:
         raise UserError(f"{where}: align {align!r}; there is {', '.join(ALIGNMENTS)}.")
+    scope = raw.get("scope", "tensor")
+    if scope not in SCOPES:
+        raise UserError(f"{where}: scope {scope!r}; there are {' and '.join(SCOPES)}.")
     if "models" in raw:
         sources = tuple(
             _source(one, f"{where}: models[{n}]") for n, one in _items(raw, "models", where)
@@ -181,6 +238,9 @@ def merge_from_dict(raw: Any, where: str = "the recipe") -> MergeRecipe:
         rules=rules,
         dialect=dialect,
         align=align,
+        scope=scope,
+        text=_text(raw.get("data"), where),
+        search=_search(raw.get("search"), where),
         dtype=raw.get("dtype"),
         out_dtype=raw.get("out_dtype"),
         tokenizer=raw.get("tokenizer", raw.get("tokenizer_source")),
@@ -205,7 +265,7 @@ def _slice(raw: Any, where: str) -> Slice:
 
 
 def _source(raw: Any, where: str, layers: bool = False) -> Source:
-    _known(raw, {"model", "parameters", *(["layer_range"] if layers else [])}, where)
+    _known(raw, {"model", "parameters", "data", *(["layer_range"] if layers else [])}, where)
     if "model" not in raw:
         raise UserError(f"{where}: model is missing.")
     span = raw.get("layer_range")
@@ -217,7 +277,49 @@ def _source(raw: Any, where: str, layers: bool = False) -> Source:
         str(_model_name(raw["model"])),
         None if span is None else tuple(span),
         _parameters(raw, where),
+        _files(raw.get("data"), where),
     )
+
+
+def _text(raw: Any, where: str) -> Text:
+    if not isinstance(raw, Mapping):
+        return Text(_files(raw, where))
+    return Text(
+        **_numbers(Text(), raw, f"{where}: data") | {"files": _files(raw.get("files"), where)}
+    )
+
+
+def _search(raw: Any, where: str) -> Search | None:
+    if raw is None:
+        return None
+    _known(raw, {one.name for one in fields(Search)}, f"{where}: search")
+    over = raw.get("over", Search.over)
+    over = (over,) if isinstance(over, str) else tuple(over)
+    return Search(**_numbers(Search(), raw, f"{where}: search") | {"over": over})
+
+
+def _numbers(defaults: Any, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The numbers that are given among the fields of `defaults`, checked."""
+    kinds = {one.name: type(getattr(defaults, one.name)) for one in fields(defaults)}
+    _known(raw, set(kinds), where)
+    found = {}
+    for key, value in raw.items():
+        if kinds[key] is tuple:
+            continue
+        good = type(value) is int or (kinds[key] is float and type(value) is float)
+        if not good or (value <= 0 and key != "low"):
+            raise UserError(f"{where}: {key} is {value!r}, not a positive {kinds[key].__name__}.")
+        found[key] = kinds[key](value)
+    return found
+
+
+def _files(raw: Any, where: str) -> tuple[str, ...]:
+    if raw is None:
+        return ()
+    found = [raw] if isinstance(raw, str) else raw
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"{where}: data is {raw!r}: give a file, a directory, or a list of them.")
+    return tuple(found)
 
 
 def _rule(raw: Any, where: str) -> Rule:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +24,8 @@ from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 from moekit.merge.ahead import computed_ahead
 from moekit.merge.align_experts import align_experts
-from moekit.merge.plan import MergedTensor, plan_merge, result_layers
+from moekit.merge.plan import MergedTensor, plan_merge, reads_text, result_layers
+from moekit.merge.preparation import Preparation, begin, prepare
 from moekit.merge.recipe import MergeRecipe
 from moekit.merge.sources import MergeSources
 from moekit.merge.vocabulary import Vocabulary, common_vocabulary, with_vocabulary
@@ -54,11 +57,13 @@ def merge(
     restart: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    told: Callable[[str, int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Merged:
     """Write the result of one recipe to directory `out`.
 
-    `names` are results of earlier steps by name. Memory: a few blocks of a tensor for the methods
+    `names` are results of earlier steps by name. `progress` counts bytes, `told` (what, done, all)
+    the parts of what methods find out before. Memory: a few blocks of a tensor for the methods
     that work by entry, a few whole tensors of every model for the others. An interrupted merge
     continues when called again with the same arguments. Raises `UserError` for everything in the
     recipe, the models or the disk that stands in the way, before anything is written wherever that
@@ -71,6 +76,7 @@ def merge(
         return names[name] if names and name in names else find_model(name)
 
     by_parameter = recipe.align is not None or recipe.tokenizer is not None
+    by_parameter |= recipe.scope == "expert" or reads_text(recipe)
     with MergeSources(recipe.models, find, by_parameter=by_parameter) as sources:
         vocabulary = None
         if recipe.tokenizer is not None:
@@ -80,6 +86,16 @@ def merge(
             _align(recipe, sources, target.absolute().parent)
         tensors = plan_merge(recipe, sources, seed)
         donor = _donor(recipe, sources)
+        identity = {
+            "recipe": recipe_hash(recipe),
+            "seed": seed,
+            "files": {name: state_of(s.checkpoint) for name, s in sources.by_name.items()},
+        }
+        scratch = target.absolute().with_name(target.name + ".prepared")
+        room = Preparation(recipe, sources, scratch, seed, told)
+        if not dry_run and (recipe.search or any(t.method.prepare for t in tensors.values())):
+            begin(scratch, identity)
+            tensors = prepare(tensors, room)
         result = Merged(
             target,
             len(tensors),
@@ -89,11 +105,6 @@ def merge(
         if dry_run:
             return result
         record = start_record("merge", {"recipe": recipe_dict(recipe)}, seed=seed)
-        identity = {
-            "recipe": recipe_hash(recipe),
-            "seed": seed,
-            "files": {name: state_of(s.checkpoint) for name, s in sources.by_name.items()},
-        }
         writer = CheckpointWriter(
             target,
             {name: TensorInfo(t.shape, t.dtype) for name, t in tensors.items()},
@@ -108,20 +119,19 @@ def merge(
             result.resumed_bytes = fill(
                 writer,
                 ahead,
-                lambda _: _files(recipe, sources, donor, tensors, vocabulary),
+                lambda _: _files(room, donor, tensors, vocabulary),
                 record,
                 [path for source in sources.by_name.values() for path in source.checkpoint.files],
                 progress=progress,
                 note=note,
             )
         result.seconds = record.seconds
+    shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 
 def recipe_dict(recipe: MergeRecipe) -> dict[str, Any]:
     """The recipe as plain data."""
-    import dataclasses
-
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=dict))
     return plain
 
@@ -147,27 +157,29 @@ def _align(recipe: MergeRecipe, sources: MergeSources, scratch: Path) -> None:
 
 
 def _files(
-    recipe: MergeRecipe,
-    sources: MergeSources,
+    room: Preparation,
     donor: SourceModel,
     tensors: Mapping[str, MergedTensor],
     vocabulary: Vocabulary | None,
 ) -> dict[str, str | bytes]:
     """What lies beside the tensors, by name."""
+    recipe = room.recipe
     copied, _ = side_files(donor.directory)
     files: dict[str, str | bytes] = {name: path.read_bytes() for name, path in copied.items()}
-    config = merged_config(recipe, sources, donor, tensors)
+    config = merged_config(recipe, room.sources, donor, tensors)
+    changes = dict(room.config)
     if vocabulary is not None:
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and "vocab_size" in part:
-                part["vocab_size"] = vocabulary.size
+        changes["vocab_size"] = vocabulary.size
         files |= vocabulary.files()
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: value for key, value in changes.items() if key in part})
     if recipe.chat_template is not None:
         files["chat_template.jinja"] = recipe.chat_template
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     files[RECIPE_FILE] = json.dumps(recipe_dict(recipe), indent=2) + "\n"
     files[CARD_FILE] = model_card(recipe)
-    return files
+    return files | room.files
 
 
 def merged_config(
@@ -224,8 +236,6 @@ def run_recipe(recipes: list[MergeRecipe], out: str | Path, **options: Any) -> M
 
     Results of the steps before it lie in `out.steps/` until it is done. Options as for `merge`.
     """
-    import shutil
-
     target = Path(out)
     if len(recipes) == 1:
         return merge(recipes[0], target, **options)

@@ -12,6 +12,7 @@ from types import TracebackType
 from moekit.core.architecture import meta_model
 from moekit.core.deferred import Deferred
 from moekit.core.errors import UserError
+from moekit.core.find import find_moe
 from moekit.core.layout import PER_EXPERT, ModelTensors, to_model
 from moekit.core.source_model import SourceModel, open_source
 
@@ -79,6 +80,19 @@ class MergeSources:
 
 def _mapped(source: SourceModel) -> ModelTensors:
     return to_model(source.tensors, meta_model(source.config))
+
+
+def expert_banks(source: SourceModel) -> set[str]:
+    """The names of the tensors whose first axis are experts; `UserError` where there is none."""
+    found = {
+        f"{site.experts_path}.{name}"
+        for site in find_moe(meta_model(source.config))
+        for name, _ in site.experts.named_parameters()
+        if f"{site.experts_path}.{name}" in source.tensors
+    }
+    if not found:
+        raise UserError(f"scope: expert, but {source.name} has no banks of experts.")
+    return found
 
 
 def layer_of_name(name: str) -> tuple[str, int, str] | None:

@@ -7,7 +7,8 @@ whose votes cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.core.errors import UserError
 from moekit.merge.consensus import Consensus, elected_balance
 from moekit.merge.job import TensorJob
 from moekit.merge.magnitude import kept, magnitude_bits
@@ -35,6 +37,29 @@ class Above:
         for block in blocks():
             mask = torch.from_numpy(magnitude_bits(block) >= self.threshold).view(block.shape)
             yield block, mask, self.density
+
+
+def compete(jobs: Mapping[str, TensorJob], vote: Consensus) -> dict[str, TensorJob]:
+    """The jobs with what the whole model decides: thresholds, and the sign where votes cancel.
+
+    Raises `UserError` where a model has several densities.
+    """
+    first = next(iter(jobs.values()))
+    for job in jobs.values():
+        if job.per_model["density"] != first.per_model["density"]:
+            raise UserError(
+                "the magnitudes of the whole model compete, so each model has one density; "
+                f"{job.name} has another than {first.name}."
+            )
+    densities = [float(density) for density in first.per_model["density"]]
+    weights = [float(weight) for weight in first.per_model["weight"]]
+    every = list(jobs.values())
+    rules = whole_model_rules(every, densities)
+    found = {"thresholds": rules, "zero_sign": majority_sign(every, rules, weights, vote)}
+    return {
+        name: dataclasses.replace(job, options={**job.options, **found})
+        for name, job in jobs.items()
+    }
 
 
 def whole_model_rules(jobs: Sequence[TensorJob], densities: Sequence[float]) -> list[Rule]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from moekit.compress.condense.average import Member, average
 from moekit.compress.condense.fisher import FLOOR, fisher_average
 from moekit.compress.condense.least_squares import (
-    RIDGE,
     Target,
     refit_down,
     regression_mean,
@@ -38,6 +37,7 @@ from moekit.core.registry import register
 from moekit.core.rewrite import Read, Rewrite
 from moekit.core.stats import ExpertStats
 from moekit.core.view import MoEView
+from moekit.ops.regression import RIDGE
 
 KIND = "fuser"
 

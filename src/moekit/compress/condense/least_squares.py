@@ -14,9 +14,8 @@ from torch import Tensor
 
 from moekit.compress.condense.average import Member, average
 from moekit.core.expert_weights import ExpertWeights
-
-# Of the mean diagonal of the inputs' second moment: how strongly the start holds.
-RIDGE = 1e-2
+from moekit.ops.regression import regression_mean as ops_mean
+from moekit.ops.regression import solved
 
 
 class Target(NamedTuple):
@@ -44,12 +43,8 @@ def refit_down(start: ExpertWeights, targets: Iterable[Target], ridge: float) ->
         wanted = (target.output.double() - bias) * target.gate.double().unsqueeze(1)
         moment += middle.T @ middle
         cross += wanted.T @ middle
-    held = ridge * float(moment.diagonal().mean())
-    if held <= 0:
-        return start
-    moment.diagonal().add_(held)
-    down = torch.linalg.solve(moment, (cross + held * start.down.double()).T).T
-    return replace(start, down=down.to(start.down.dtype))
+    down = solved(moment, cross, start.down, ridge)
+    return replace(start, down=down)
 
 
 def regression_mean(
@@ -62,19 +57,13 @@ def regression_mean(
     give the average.
     """
     mean = average(members)
-    total = sum(m.share * c.double() for m, c in zip(members, moments, strict=True))
-    assert isinstance(total, Tensor)
-    held = ridge * float(total.diagonal().mean())
-    if held <= 0 or len(members) == 1:
+    if len(members) == 1:
         return mean
-    total = total + held * torch.eye(len(total), dtype=torch.float64)
+    shares = [member.share for member in members]
     made = {}
     for name in ("gate", "up"):
         centre = getattr(mean, name)
-        if centre is None:
-            continue
-        cross = held * centre.double()
-        for member, moment in zip(members, moments, strict=True):
-            cross = cross + member.share * getattr(member.expert, name).double() @ moment.double()
-        made[name] = torch.linalg.solve(total, cross.T).T.to(centre.dtype)
+        if centre is not None:
+            matrices = [getattr(member.expert, name) for member in members]
+            made[name] = ops_mean(matrices, moments, shares, centre, ridge)
     return replace(mean, **made)
