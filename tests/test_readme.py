@@ -16,9 +16,11 @@ PAGES = [
     "docs/start.md",
     "docs/concepts.md",
     "docs/extend.md",
+    "docs/extend/router.md",
     "docs/guides/compress.md",
     "docs/guides/export-gguf.md",
     "docs/guides/run-larger-than-memory.md",
+    "docs/guides/train-a-new-moe.md",
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
 LONG = [

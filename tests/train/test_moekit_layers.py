@@ -7,8 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moekit.layers import MoekitConfig, MoekitForCausalLM
+from moekit.layers.stock import stock_family
 from moekit.train.forecast import active_parameters
-from tests.train.conftest import losses, run
+from moekit.train.model import model_config
+from moekit.train.recipe import load_recipe
+from tests.train.conftest import ROOT, losses, run, write_recipe
 
 ON_CPU = ("--device", "cpu", "--threads", "1")
 MODEL = {
@@ -36,8 +39,6 @@ def with_moe(**changes) -> dict:
 @pytest.fixture(scope="module")
 def trained(texts, tmp_path_factory):
     """The result of a short run on two processes, and its log line on stderr."""
-    from tests.train.conftest import write_recipe
-
     folder = tmp_path_factory.mktemp("moekit-layers")
     done = run(write_recipe(folder, model=MODEL), texts, folder / "out", processes=2)
     assert done.returncode == 0, done.stderr
@@ -108,6 +109,14 @@ def test_bad_values_are_told_before_anything_is_allocated(
     done = moekit("train", recipe(model=model), "--data", texts, "--out", tmp_path / "o", *ON_CPU)
     assert done.code == 2
     assert message in done.err
+
+
+@pytest.mark.parametrize(("name", "family"), [("loss-free", "dots1"), ("top-p", None)])
+def test_shipped_recipes_build(name, family):
+    recipe = load_recipe(ROOT / "recipes" / f"moekit-{name}.yaml")
+    with torch.device("meta"):
+        model = MoekitForCausalLM(model_config(recipe, 8192, 0))
+    assert stock_family(model) == family
 
 
 def test_active_parameters_of_a_dense_model_are_all_but_the_embeddings():
