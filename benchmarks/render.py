@@ -15,6 +15,7 @@ from render_cache import cache_policies
 from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
+from render_layers import layer_compute
 from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
@@ -324,6 +325,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "predictors": predictors,
     "gguf_llama_cpp": gguf_llama_cpp,
     "native_kernels": native_kernels,
+    "layer_compute": layer_compute,
     "run_in_memory_r1": run_in_memory,
     "run_in_memory_r2": run_in_memory,
     "run_larger_than_memory": run_larger_than_memory,
