@@ -72,7 +72,11 @@ _ROWS: dict[str, tuple[str, str, str]] = {
         "FuseChat 2408.07990",
         _BASE,
     ),
-    "pcb": ("Parameters compete within and between models", "PCB-Merging 2410.02396", _BASE),
+    "pcb": (
+        "Parameters compete within and between models",
+        "PCB-Merging 2410.02396",
+        f"{_BASE} They compete within a tensor, in the paper within the model.",
+    ),
     "widen": (
         "Weights by how much each column changed in size and direction",
         "WIDEN 2408.03092",

@@ -66,18 +66,20 @@ def pcb(
     1 - clip. `inter` "normalised" compares task vectors by their normalised magnitudes and does not
     depend on their scale; "raw" by their product with the sum, one of the two published forms.
     """
-    magnitude = deltas.abs()
-    low, high = (_quantiles(magnitude, share) for share in (clip, 1 - clip))
-    clipped = deltas.sign() * magnitude.clamp(low, high)
-    size = _to_unit(clipped.abs())
+    magnitude, entries = deltas.abs(), deltas.shape[1]
+    low = _ordered(magnitude, int(entries * clip))
+    high = _ordered(magnitude, int(entries * (1 - clip) - 1))
+    size = magnitude.clamp(low, high)
+    clipped = deltas.sign() * size
+    size = _to_unit(size)
     intra = torch.exp(len(deltas) * size.square())
     if inter == "raw":
-        agreement = torch.tanh(clipped * clipped.sum(0))
+        agreement = torch.tanh(deltas * deltas.sum(0))
     else:
         signed = clipped.sign() * size
         agreement = torch.stack([torch.tanh(one * signed).sum(0) for one in signed])
     balance = intra * agreement
-    floor = _quantiles(balance, 1 - density)
+    floor = _ordered(balance, int(entries * (1 - density)))
     balance = _to_unit(balance.clamp(min=floor))
     return scale * (clipped * balance).sum(0) / balance.sum(0).clamp(min=1e-12)
 
@@ -142,9 +144,9 @@ def _scores(significance: Tensor, ratio: float, calibration: float) -> Tensor:
     return torch.where(above, torch.full_like(score, calibration), score)
 
 
-def _quantiles(rows: Tensor, share: float) -> Tensor:
-    """The entry at `share` of each row's sorted entries, [N, 1]."""
-    place = min(max(round(share * (rows.shape[1] - 1)), 0), rows.shape[1] - 1)
+def _ordered(rows: Tensor, place: int) -> Tensor:
+    """The entry at `place` of each row's sorted entries, [N, 1]."""
+    place = min(max(place, 0), rows.shape[1] - 1)
     return rows.float().kthvalue(place + 1, dim=1, keepdim=True).values.to(rows.dtype)
 
 
