@@ -40,7 +40,7 @@ class Request:
     """What is asked for: a method with its options, and the models it works on.
 
     `others` are models beside the base and `entries` what is said of each of them, or empty.
-    `dtype` is None for that of the source; `to` is a layout of `convert`.
+    `dtype` is None for that of the source; `to` is a layout of `convert`; `data` are files of text.
     """
 
     method: str
@@ -50,6 +50,7 @@ class Request:
     entries: tuple[Entry, ...] = ()
     dtype: str | None = None
     to: str = FUSED
+    data: tuple[str, ...] = ()
 
 
 @dataclass
@@ -113,6 +114,7 @@ def upcycle(
                 seed,
                 None if stats is None else ExpertStats.load(stats),
                 request.entries,
+                request.data,
             )
         )
         tensors = laid_out(made, request)
@@ -130,7 +132,7 @@ def upcycle(
             return result
         if check:
             result.measured = _checked(base, made, seed, result.notes)
-        record = start_record("upcycle", asdict(request), seed=seed)
+        record = start_record("upcycle", _told(request, stats), seed=seed)
         writer = CheckpointWriter(
             target,
             {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()},
@@ -205,6 +207,15 @@ def _files(
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     files[CARD_FILE] = card(request, made, result)
     return files | made.files
+
+
+def _told(request: Request, stats: str | Path | None) -> dict[str, Any]:
+    """The request as the record has it: the options of the method beside its name."""
+    told = {"model": request.base, "from": list(request.others), "stats": stats, "to": request.to}
+    said = [asdict(entry) for entry in request.entries]
+    told["data"] = list(request.data)
+    given = {**told, "dtype": request.dtype, "entries": said, "method": request.method}
+    return {**given, **request.options}
 
 
 def _class_of(made: Made) -> type[PreTrainedModel]:
