@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from moekit.cli.before_and_after import Evaluation, complete, measured, rows
 from moekit.cli.common import (
     Dtype,
     DtypeOption,
@@ -17,6 +18,7 @@ from moekit.cli.common import (
     output,
     progress,
 )
+from moekit.cli.compress_options import EvalOption
 from moekit.cli.formats import DryRunOption, MaxShardOption, OverwriteOption, RestartOption
 from moekit.core.errors import UserError
 from moekit.core.memory import bytes_of, format_bytes
@@ -64,6 +66,14 @@ def upcycle(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Experts for a token, where the method asks.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help='Text for methods that learn from it: JSONL with "text", plain text, directories '
+            "of both; repeatable. The domain is the file name up to its first dot.",
+        ),
+    ] = None,
     stats: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Statistics of MODEL: a directory of moekit profile."),
@@ -82,6 +92,7 @@ def upcycle(
             help="Measure what the method says of step 0, and write nothing where it fails.",
         ),
     ] = True,
+    evaluate: EvalOption = None,
     max_shard_size: MaxShardOption = None,
     overwrite: OverwriteOption = False,
     restart: RestartOption = False,
@@ -120,8 +131,18 @@ def upcycle(
         else:
             name, options = parse_method(method or DEFAULT_METHOD)
             request = Request(
-                name, model, tuple(others or ()), options | given, dtype=number_format, to=to
+                name,
+                model,
+                tuple(others or ()),
+                options | given,
+                dtype=number_format,
+                to=to,
+                data=tuple(data or ()),
             )
+        evaluation = Evaluation(() if dry_run else tuple(evaluate or ()), seed, threads)
+        evaluation.check()
+        samples = evaluation.samples()
+        before = evaluation.quality(request.base, samples) if samples else None
         with progress("upcycle", "B") as update:
             result = run(
                 request,
@@ -146,6 +167,12 @@ def upcycle(
             printed.line(f"measured: logits differ by {result.measured:.3g} of the largest")
         if not dry_run:
             printed.line(f"{out}: {result.seconds:.1f} s")
+        found: dict[str, Any] = {}
+        if before is not None:
+            after = evaluation.quality(str(out), samples)
+            found, lines = measured(before, after), rows(before, after)
+            printed.table(list(lines.items()))
+            complete(out, found, lines)
         printed.result(
             {
                 "out": str(out),
@@ -160,5 +187,6 @@ def upcycle(
                 "notes": result.notes,
                 "resumed_bytes": result.resumed_bytes,
                 "seconds": result.seconds,
+                **found,
             }
         )

@@ -44,7 +44,8 @@ class Job:
     """The models and the data of a conversion; tensors go by the names of the model's parameters.
 
     `base` is the model that is converted, `others` are those given with --from, `entries` what a
-    recipe says of each of those, `stats` what --stats holds.
+    recipe says of each of those, `stats` what --stats holds, `data` the files of --data.
+    In a `dry_run` only the shapes of what is made count: nothing need be trained.
     """
 
     base: SourceModel
@@ -52,6 +53,8 @@ class Job:
     seed: int = 0
     stats: ExpertStats | None = None
     entries: tuple[Entry, ...] = ()
+    data: tuple[str, ...] = ()
+    dry_run: bool = False
 
     def entry(self, number: int) -> Entry:
         """What is said of `others[number]`."""

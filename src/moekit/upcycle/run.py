@@ -115,6 +115,7 @@ def upcycle(
                 None if stats is None else ExpertStats.load(stats),
                 request.entries,
                 request.data,
+                dry_run,
             )
         )
         tensors = laid_out(made, request)
