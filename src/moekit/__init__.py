@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from moekit.core.checkpoint import Checkpoint
     from moekit.core.collect import collect
     from moekit.core.errors import UserError
-    from moekit.core.load import LoadedModel, load
+    from moekit.core.load import LanguageModel, LoadedModel, load, load_language_model
     from moekit.core.plan import ExpertPlan
     from moekit.core.registry import register
     from moekit.core.spec import MoESpec
@@ -23,6 +23,7 @@ _HOMES = {
     "Checkpoint": "core.checkpoint",
     "Engine": "runtime.engine",
     "ExpertPlan": "core.plan",
+    "LanguageModel": "core.load",
     "LoadedModel": "core.load",
     "MoESpec": "core.spec",
     "MoEView": "core.view",
@@ -30,6 +31,7 @@ _HOMES = {
     "UserError": "core.errors",
     "collect": "core.collect",
     "load": "core.load",
+    "load_language_model": "core.load",
     "open_engine": "runtime.open",
     "register": "core.registry",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Engine",
     "ExpertPlan",
+    "LanguageModel",
     "LoadedModel",
     "MoESpec",
     "MoEView",
@@ -45,6 +48,7 @@ __all__ = [
     "UserError",
     "collect",
     "load",
+    "load_language_model",
     "open_engine",
     "register",
 ]

@@ -22,7 +22,7 @@ import typer
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
-    from moekit.core.load import LoadedModel
+    from moekit.core.load import LanguageModel, LoadedModel
 
 ModelArgument = Annotated[
     str,
@@ -178,11 +178,26 @@ def set_up(seed: int, threads: int | None = None) -> None:
 
 
 def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> LoadedModel:
-    """Seed, set threads, and load a model that has a tokenizer; UserError if it has none.
+    """Seed, set threads, and load a MoE model that has a tokenizer; UserError if it has none.
 
     A packed one is decoded; a factored one computes through its factors.
     """
-    from moekit.core.load import FACTORED_FILE, PACKED_FILE, load, resolve_model
+    from moekit.core.load import load
+
+    return _opened(source, dtype, seed, threads, load)
+
+
+def open_language_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> LanguageModel:
+    """As `open_model`, for dense models and ensembles too."""
+    from moekit.core.load import load_language_model
+
+    return _opened(source, dtype, seed, threads, load_language_model)
+
+
+def _opened(
+    source: str, dtype: Dtype, seed: int, threads: int | None, opener: Callable[..., Any]
+) -> Any:
+    from moekit.core.load import FACTORED_FILE, PACKED_FILE, resolve_model
 
     # Before the heavy imports, so that a wrong path is reported at once.
     found = resolve_model(source)
@@ -191,13 +206,12 @@ def open_model(source: str, dtype: Dtype, seed: int, threads: int | None) -> Loa
     if isinstance(found, Path) and (found / PACKED_FILE).is_file():
         from moekit.runtime.unpack import load_packed
 
-        loaded = load_packed(found, name)
+        opener = load_packed
     elif isinstance(found, Path) and (found / FACTORED_FILE).is_file():
         from moekit.compress.factorize.store import load_factored
 
-        loaded = load_factored(found, name)
-    else:
-        loaded = load(source, name)
+        opener = load_factored
+    loaded = opener(found, name)
     if loaded.tokenizer is None:
         raise UserError(f"{source} has no tokenizer, so it cannot read text")
     return loaded

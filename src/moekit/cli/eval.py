@@ -17,7 +17,7 @@ from moekit.cli.common import (
     Output,
     SeedOption,
     ThreadsOption,
-    open_model,
+    open_language_model,
     output,
     progress,
 )
@@ -94,7 +94,7 @@ def evaluate(
             samples = read_texts(data or [])
             if max_bytes is not None:
                 samples = limit_bytes_per_domain(samples, max_bytes)
-            loaded = open_model(model, dtype, seed, threads)
+            loaded = open_language_model(model, dtype, seed, threads)
             window = _window(loaded.model, context, stride)
             if dry_run:
                 _forecast(out, loaded, samples, {**window, "batch_size": batch_size})
@@ -170,7 +170,7 @@ def _run_tasks(
 ) -> None:
     from moekit.evaluate.tasks import evaluate_tasks
 
-    loaded = open_model(model, dtype, seed, threads)
+    loaded = open_language_model(model, dtype, seed, threads)
     results = evaluate_tasks(
         loaded.model, loaded.tokenizer, tasks, include_path=include_path, seed=seed, **options
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,11 +32,19 @@ _MAPPINGS = (
 )
 
 
+# Models that moekit itself computes: by model type, the module that registers their classes.
+OWN_TYPES = {
+    "moekit": "moekit.layers",
+    "moekit_ensemble": "moekit.upcycle.ensemble",
+    "moekit_upcycled": "moekit.upcycle.model",
+}
+
+
 def read_config(source: PretrainedConfig | Mapping[str, Any] | str | Path) -> PretrainedConfig:
     """Read a config object, a dict, a `config.json` or a directory that holds one.
 
-    Only classes that transformers ships are used; code beside a checkpoint is never run. Raises
-    `UserError` for a missing or broken file, an unknown `model_type` and invalid values.
+    Only classes that transformers or moekit ship are used; code beside a checkpoint is never run.
+    Raises `UserError` for a missing or broken file, an unknown `model_type` and invalid values.
     """
     if isinstance(source, PretrainedConfig):
         return source
@@ -46,6 +55,8 @@ def read_config(source: PretrainedConfig | Mapping[str, Any] | str | Path) -> Pr
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{where} has no model_type, so the model family is unknown.")
+    if model_type in OWN_TYPES:
+        importlib.import_module(OWN_TYPES[model_type])
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3, cutoff=0.5)
         hint = f"nearest are {', '.join(near)}" if near else "no known name is similar"

@@ -28,29 +28,46 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 @dataclass
-class LoadedModel:
-    """A model in evaluation mode, its tokenizer (None if it has none) and its spec."""
+class LanguageModel:
+    """A model in evaluation mode and its tokenizer (None if it has none)."""
 
     model: PreTrainedModel
     tokenizer: Any
+
+
+@dataclass
+class LoadedModel(LanguageModel):
+    """A MoE model with its spec."""
+
     spec: MoESpec
 
 
 def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: Any) -> LoadedModel:
     """Load `babel`, a local directory or a hub id; `dtype` None keeps the stored number format.
 
-    `options` go to `from_pretrained`. Only classes that transformers ships are used, and only
-    safetensors are read. Raises UserError where there is no model, for a dense model, an unknown
+    `options` go to `from_pretrained`. Only classes of transformers and of moekit are used, and
+    only safetensors are read. Raises UserError where there is no model, for a dense model, an unknown
     family, a damaged or incomplete checkpoint, and a hub that cannot be reached.
     """
-    from moekit.core.architecture import architecture_of, read_config
-    from moekit.core.checkpoint import Checkpoint
+    from moekit.core.architecture import read_config
     from moekit.core.spec import MoESpec
 
     source = resolve_model(path)
     # From the hub the config alone at first: a dense model is refused before its download.
+    spec = MoESpec.from_config(read_config(find_config(source)))
+    loaded = load_language_model(source, dtype, **options)
+    return LoadedModel(loaded.model, loaded.tokenizer, spec)
+
+
+def load_language_model(
+    path: str | Path, dtype: str | torch.dtype | None = None, **options: Any
+) -> LanguageModel:
+    """As `load`, for dense models and ensembles too."""
+    from moekit.core.architecture import architecture_of, read_config
+    from moekit.core.checkpoint import Checkpoint
+
+    source = resolve_model(path)
     config = read_config(find_config(source))
-    spec = MoESpec.from_config(config)
     directory = find_model(source)
     if (directory / PACKED_FILE).is_file():
         raise UserError(
@@ -64,7 +81,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
         )
     Checkpoint(directory).close()
     model = _load_weights(architecture_of(config), directory, dtype, options)
-    return LoadedModel(model, load_tokenizer(directory), spec)
+    return LanguageModel(model, load_tokenizer(directory))
 
 
 def load_model(

@@ -42,7 +42,8 @@ def check_options(method: Method, options: Mapping[str, Any], where: str) -> Non
         if key not in known:
             there = ", ".join(known) or "none"
             raise UserError(f"{where} has no option {key!r}; there are {there}")
-        wanted = known[key].type.split(" | ")[0]
-        right = isinstance(value, PLAIN_TYPES.get(wanted, object))  # type: ignore[arg-type]
-        if not right or (isinstance(value, bool) and wanted != "bool"):
-            raise UserError(f"{where}: {key} is {wanted}, not {value!r}")
+        wanted = [part for part in known[key].type.split(" | ") if part != "None"]
+        kinds: list[Any] = [PLAIN_TYPES.get(part, object) for part in wanted]
+        right = any(isinstance(value, kind) for kind in kinds)
+        if not right or (isinstance(value, bool) and "bool" not in wanted):
+            raise UserError(f"{where}: {key} is {' or '.join(wanted)}, not {value!r}")

@@ -167,6 +167,11 @@ def _check_window(model: nn.Module, context: int, stride: int, batch_size: int) 
         raise UserError(f"stride {stride} must be between 1 and the context, {context}")
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
+    if not getattr(model, "causal", True):
+        raise UserError(
+            "this model routes a token by later ones too, so its loss on a text says nothing; make "
+            "it with pool=prefix to measure it"
+        )
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and context > limit:
