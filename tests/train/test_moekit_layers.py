@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moekit.core.trace import RoutingTrace
 from moekit.layers import MoekitConfig, MoekitForCausalLM
 from moekit.layers.stock import stock_family
 from moekit.train.forecast import active_parameters
@@ -68,14 +69,17 @@ def test_one_process_gives_the_losses_of_two(trained, texts, recipe, tmp_path):
 
 
 def test_what_equals_no_family_stays_moekit(texts, recipe, tmp_path, moekit):
-    model = with_moe(router={"name": "top-p", "threshold": 0.5}, top_k=4, shared=None)
-    path = recipe(model=model, train={"tokens": 4 * 4 * 32})
+    model = with_moe(router={"name": "top-p", "threshold": 0.3}, top_k=4, shared=None)
+    path = recipe(model=model, train={"tokens": 4 * 4 * 32, "probe_at": [0]})
     done = moekit("train", path, "--data", texts, "--out", tmp_path / "out", *ON_CPU)
     assert done.code == 0, done.err
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(loaded, MoekitForCausalLM)
     log = (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()
     assert len(json.loads(log[-1])["routers"]["imbalance"]) == 2
+    probe = RoutingTrace.open(tmp_path / "out" / "training" / "probes" / "step-000000")
+    # Ragged: some tokens have fewer than the largest number of experts.
+    assert (probe.layer(0).topk_ids < 0).any()
 
 
 def test_dry_run_counts_parameters(recipe, tmp_path, texts, moekit):

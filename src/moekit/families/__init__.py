@@ -10,6 +10,7 @@ from .doge import DogeLayer
 from .jetmoe import JetMoeLayer
 from .llama4 import Llama4Layer
 from .longcat_flash import LongcatFlashLayer
+from .moekit_layers import MoekitLayer
 from .nllb_moe import NllbMoeLayer
 from .switch_transformers import SwitchTransformersLayer
 from .vitpose_backbone import VitPoseBackboneLayer
@@ -20,6 +21,7 @@ ADAPTERS = (
     JetMoeLayer,
     Llama4Layer,
     LongcatFlashLayer,
+    MoekitLayer,
     NllbMoeLayer,
     SwitchTransformersLayer,
     VitPoseBackboneLayer,

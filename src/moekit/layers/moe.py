@@ -74,6 +74,12 @@ class MoELayer(nn.Module):
         return "_lent" in self.__dict__
 
     @property
+    def top_k(self) -> int:
+        """The largest number of experts that a token gets."""
+        rule = getattr(self.router, "select", None)
+        return getattr(rule, "top_k", None) or getattr(rule, "limit", self.pool.num_experts)
+
+    @property
     def decodes(self) -> bool:
         """Whether a token may be routed alone, from a cache, as it is within its sequence."""
         return getattr(self.router, "decodes", self.router.causal)

@@ -33,7 +33,7 @@ def finish(
     if isinstance(run.model, MoekitForCausalLM) and stock_family(run.model):
         run.model = to_stock(run.model)
         run.say(f"written as {run.model.config.model_type}, which computes the same")
-    if find_moe(run.model):
+    if find_moe(run.model) and not isinstance(run.model, MoekitForCausalLM):
         run.model.set_experts_implementation("grouped_mm")
     run.model.to(torch.bfloat16).save_pretrained(target)
     run.tokenizer.save_pretrained(target)

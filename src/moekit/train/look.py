@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moekit.core.collect import collect, pad_batches
+from moekit.core.find import find_moe
 from moekit.core.trace_writer import TraceWriter
 from moekit.core.view import MoEView
 from moekit.evaluate.bits_per_byte import bits_per_byte
@@ -60,10 +61,10 @@ def probe_text(run: Run) -> list[Sample]:
 
 def write_probe(run: Run, step: int) -> None:
     """Trace the routing of the probe text in `probes/step-NNNNNN`; the main process only."""
-    view = MoEView(run.model)
     target = run.folder / "probes" / f"step-{step:06d}"
-    if not run.world.is_main or not run.valid or not len(view) or target.exists():
+    if not run.world.is_main or not run.valid or not find_moe(run.model) or target.exists():
         return
+    view = MoEView(run.model)
     target.parent.mkdir(exist_ok=True)
     end = run.tokenizer.eos_token_id
     samples = []

@@ -62,7 +62,7 @@ def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
         blocked_attention.register() if attention == "blocked" else attention
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if find_moe(model):
+    if find_moe(model) and not isinstance(model, MoekitForCausalLM):
         model.set_experts_implementation(_experts(recipe.train.experts, model))
     if recipe.train.zero_output:
         zero_residual_outputs(model)
