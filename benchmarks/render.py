@@ -17,6 +17,7 @@ from render_engine import opening, pack_memory, run_forecast, run_memory, run_un
 from render_kernels import native_kernels
 from render_layers import layer_compute
 from render_peers import compress_auto, compress_peers
+from render_merge import merge_speed
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize
@@ -342,6 +343,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_condense": compress_condense,
     "dynamic_pruning": dynamic_pruning,
     "compress_quantize": compress_quantize,
+    "merge_speed": merge_speed,
+    "merge_speed_large": merge_speed,
     "compress_auto": compress_auto,
     "compress_peers": compress_peers,
 }
