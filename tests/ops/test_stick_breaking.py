@@ -49,3 +49,13 @@ def test_attention_does_not_see_the_future_and_gradients_are_finite() -> None:
     assert torch.all(key.grad[:, :, 3:] == 0)
     assert torch.all(value.grad[:, :, 3:] == 0)
     assert key.grad.isfinite().all()
+
+
+def test_masked_keys_are_as_if_they_were_not_there() -> None:
+    query, key, value = (random(1, 2, 6, 4, seed=s) for s in (3, 4, 5))
+    mask = torch.tensor([[True, True, False, True, False, True]])
+    kept = mask[0].nonzero().flatten()
+    expected = stick_breaking_attention(*(part[:, :, kept] for part in (query, key, value)))
+    made = stick_breaking_attention(query, key, value, mask)[:, :, kept]
+    # The same sums with zeros among them.
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)

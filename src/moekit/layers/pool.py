@@ -6,7 +6,9 @@ A bank is a module with
 - `forward(hidden [T, D], pairs) -> [T, D]`: the sum over pairs of weight * expert(hidden[token]),
   with `pairs.expert` counted from the bank's first;
 - `run_one(expert, rows [n, D]) -> [n, D]`: one expert, plainly, without its weight; what `forward`
-  is tested against.
+  is tested against;
+- where pairs alone do not say all, `run_routing(hidden, routing) -> [T, D]` is called in place of
+  `forward`; such a bank is the only one of its pool.
 
 `compute.run_sorted` makes `forward` of a function on rows sorted by expert. To add a type, register
 a factory `(width, count, *, options...) -> bank` of kind "expert" in a module of its own in
@@ -22,6 +24,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from moekit.core.errors import UserError
+
 from .routing import Pairs, Routing
 
 
@@ -31,6 +35,8 @@ class ExpertPool(nn.Module):
     def __init__(self, banks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.banks = nn.ModuleList(banks)
+        if len(self.banks) > 1 and any(hasattr(bank, "run_routing") for bank in self.banks):
+            raise UserError("composed experts must be the only bank of their pool")
 
     @property
     def num_experts(self) -> int:
@@ -44,7 +50,10 @@ class ExpertPool(nn.Module):
     def forward(self, hidden: Tensor, routing: Routing) -> Tensor:
         """The sum over pairs of weight * expert(hidden[token]): [T, D]."""
         if len(self.banks) == 1:
-            return self.banks[0](hidden, routing.pairs)
+            bank = self.banks[0]
+            if hasattr(bank, "run_routing"):
+                return bank.run_routing(hidden, routing)
+            return bank(hidden, routing.pairs)
         out, first = torch.zeros_like(hidden), 0
         for bank in self.banks:
             own = (routing.expert >= first) & (routing.expert < first + bank.num_experts)

@@ -25,10 +25,15 @@ def stick_breaking_weights(logits: Tensor) -> Tensor:
     return log_weights.exp().masked_fill(future, 0.0)
 
 
-def stick_breaking_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def stick_breaking_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None
+) -> Tensor:
     """Attended values [B, H, S, A] of `query`, `key` and `value` [B, H, S, A]; scaled by 1/sqrt(A).
 
-    The weights are computed in float32 whatever the inputs are.
+    Keys where `key_mask` [B, S] is False get no weight and break nothing off. The weights are
+    computed in float32 whatever the inputs are.
     """
     logits = query.float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     return stick_breaking_weights(logits).to(value.dtype) @ value
