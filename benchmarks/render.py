@@ -16,8 +16,8 @@ from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
 from render_layers import layer_compute
-from render_peers import compress_auto, compress_peers
 from render_merge import merge_speed
+from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize

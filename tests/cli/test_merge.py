@@ -206,3 +206,83 @@ def test_models_that_do_not_fit(refused, twins, tmp_path) -> None:
     recipe = write(tmp_path / "r.yaml", merge_method="linear", models=given)
     told = refused("merge", recipe, tmp_path / "out")
     assert "differ in their layers" in told
+
+
+def test_layers_are_swapped_by_slices(moekit, twins, tmp_path) -> None:
+    """Bottom from one parent, the mean in between, the rest from the other (2410.01335)."""
+    own, other = ({"model": str(twins / name)} for name in ("a", "b"))
+
+    def layers(first: int, last: int, *sources: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"sources": [{**one, "layer_range": [first, last]} for one in sources], **more}
+
+    mean = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    recipe = write(
+        tmp_path / "r.yaml",
+        merge_method="passthrough",
+        slices=[layers(0, 1, own), layers(1, 2, own, other, **mean)],
+    )
+    done = moekit("merge", recipe, tmp_path / "out")
+    assert done.code == 0, done.err
+    merged, a, b = (weights(path) for path in (tmp_path / "out", twins / "a", twins / "b"))
+    assert len(merged) == len(a)
+    for name, tensor in merged.items():
+        expected = a[name] if ".layers.0." in name or "embed" in name else (a[name] + b[name]) / 2
+        torch.testing.assert_close(tensor, expected, msg=name)
+
+
+def test_experts_compete_alone_where_the_recipe_says_so(moekit, twins, tmp_path) -> None:
+    given = {
+        "merge_method": "ties",
+        "base_model": str(twins / "base"),
+        "models": [{"model": str(twins / "a"), "parameters": {"weight": 1.0, "density": 0.5}}],
+    }
+    base = weights(twins / "base")
+    kept = {}
+    for scope in ("tensor", "expert"):
+        recipe = write(tmp_path / f"{scope}.yaml", scope=scope, **given)
+        assert moekit("merge", recipe, tmp_path / scope).code == 0
+        merged = weights(tmp_path / scope)
+        name = next(name for name in merged if name.endswith("experts.down_proj"))
+        kept[scope] = (merged[name] != base[name]).flatten(1).sum(1)
+    entries = base[name][0].numel()
+    assert kept["expert"].tolist() == [entries // 2] * len(base[name])
+    assert kept["tensor"].sum() == kept["expert"].sum()
+    assert kept["tensor"].tolist() != kept["expert"].tolist()
+
+
+def test_text_on_the_command_line(moekit, refused, twins, tmp_path) -> None:
+    recipe = write(tmp_path / "r.yaml", merge_method="regmean", models=models(twins))
+    assert "--data" in refused("merge", recipe, tmp_path / "out")
+    text = tmp_path / "text.txt"
+    text.write_text("the router chooses two experts for every token. " * 20)
+    options = ("--data", text, "--max-tokens", 64, "--seq-len", 32)
+    done = moekit("merge", recipe, tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out.prepared").exists()
+    written = json.loads((tmp_path / "out" / "moekit_merge.json").read_text())
+    assert written["text"]["max_tokens"] == 64
+
+
+def test_compressed_fine_tunes_are_merged_as_models(moekit, twins, tmp_path) -> None:
+    for name in "ab":
+        done = moekit(
+            *("compress", "task-vector", twins / name, tmp_path / name),
+            *("--base", twins / "base", "--density", 0.3, "--json"),
+        )
+        assert done.code == 0, done.err
+        # Small tensors end in the middle of a byte.
+        assert done.json["bits_per_entry"] < 1.05 * done.json["entropy"] + 0.05
+    linear = write(tmp_path / "r.yaml", merge_method="linear", models=models(tmp_path, weight=1.0))
+    assert moekit("merge", linear, tmp_path / "out").code == 0
+    whole = []
+    for name in "ab":
+        alone = write(
+            tmp_path / "w.yaml",
+            merge_method="passthrough",
+            models=[{"model": str(tmp_path / name)}],
+        )
+        assert moekit("merge", alone, tmp_path / f"whole-{name}").code == 0
+        whole.append(weights(tmp_path / f"whole-{name}"))
+    merged = weights(tmp_path / "out")
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor, (whole[0][name] + whole[1][name]) / 2, atol=1e-6)

@@ -32,6 +32,10 @@ VERBS = {
         "moekit.cli.compress_code:code",
         "Write ternary experts below one bit a weight.",
     ),
+    "task-vector": (
+        "moekit.cli.compress_task_vector:task_vector",
+        "Write a fine-tune as its base and the signs of its largest changes (ComPEFT).",
+    ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }
 
