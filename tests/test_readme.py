@@ -21,6 +21,7 @@ PAGES = [
     "docs/guides/export-gguf.md",
     "docs/guides/run-larger-than-memory.md",
     "docs/guides/train-a-new-moe.md",
+    "docs/guides/routers.md",
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
 LONG = [

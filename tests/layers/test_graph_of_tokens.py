@@ -5,7 +5,8 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.layers import RouterContext, build_router
-from moekit.layers.routers.graph_of_tokens import ATTENTION, causal_visibility, similarity
+from moekit.layers.context import ATTENTION
+from moekit.layers.routers.graph_of_tokens import causal_visibility, similarity
 
 B, S, D, E, K = 2, 6, 16, 4, 2
 

@@ -81,6 +81,31 @@ def test_permuting_null_rows_changes_nothing():
     torch.testing.assert_close(layer(hidden()), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_the_number_of_real_experts_tracks_balance_as_its_loss_grows():
+    """The task wants real experts alone; at balance half of the four choices are real."""
+    excess = []
+    for weight in (0.0, 0.3, 3.0):
+        router = build_router("adamoe", D, 8, 4, null=4)
+        torch.nn.init.normal_(
+            router.score.weight, std=0.1, generator=torch.Generator().manual_seed(1)
+        )
+        optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+        for _ in range(100):
+            routing = router(hidden()[0], RouterContext(1, T))
+            share = routing.counts() / routing.counts().sum()
+            share = torch.cat([share[:4], share[4:].mean().expand(4)])
+            balance = 8 * (share * routing.scores.mean(0)).sum()
+            loss = weight * balance - 0.1 * routing.scores[:, :4].log().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        real = float(router(hidden()[0], RouterContext(1, T)).counts()[:4].sum()) / T
+        excess.append(abs(real - 2.0))
+    assert excess[0] > 1.5
+    assert excess[0] > excess[1] > excess[2]
+    assert excess[2] < 0.25
+
+
 def test_bad_numbers_of_null_experts_are_told():
     with pytest.raises(UserError, match="null 4 is not between 0 and 3"):
         build_router("adamoe", D, 4, 2, null=4)

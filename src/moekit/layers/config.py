@@ -19,7 +19,7 @@ class MoekitConfig(PreTrainedConfig):
     queries and keys), "mixtral" (grouped queries) or "deepseek_v3" (latent attention). `moe` says
     what stands in the layers in place of an MLP of `intermediate_size`; see `layer_recipe`.
     `router_aux_loss_coef` scales the balance loss of the trainer, for routers that do not balance
-    themselves by a bias.
+    themselves by a bias. `elastic_depth` draws layers to skip; see `elastic_depth.kept_layers`.
     """
 
     model_type = "moekit"
@@ -34,6 +34,7 @@ class MoekitConfig(PreTrainedConfig):
     attention: str = "qwen3"
     moe: dict | None = None
     router_aux_loss_coef: float = 0.01
+    elastic_depth: dict | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

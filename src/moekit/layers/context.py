@@ -16,6 +16,10 @@ from moekit.core import seeds
 
 from .routing import Routing
 
+# The entry of `carry` where a decoder layer leaves its attention weights [B, H, S, S] before its
+# experts run, if its attention kernel hands them out ("eager" does).
+ATTENTION = "attention"
+
 
 @dataclass
 class RouterContext:

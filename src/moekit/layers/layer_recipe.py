@@ -5,6 +5,7 @@ moe:
   top_k: 2
   experts: {type: swiglu, count: 8, expert_width: 64}     # or a list of banks
   shared: {type: swiglu, expert_width: 64, join: sum}     # left out: none
+  rounds: 1                            # a chain of experts: {count: 2, norm: false, tied: false}
   layers: {first: 1, every: 2}         # or a list of layers; left out: all of them
   share_pool: 1                        # so many MoE layers in a row use one pool
   overrides:                           # some layers' own settings, a pyramid for one
@@ -22,7 +23,7 @@ from moekit.core.errors import UserError
 
 from .moe import JOINS
 
-_PARTS = ("router", "top_k", "experts", "shared")
+_PARTS = ("router", "top_k", "experts", "shared", "rounds")
 _KEYS = (*_PARTS, "layers", "share_pool", "overrides")
 
 
@@ -33,6 +34,15 @@ class BankRecipe:
     type: str
     count: int
     options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """`count` rounds through the experts, each with `top_k` of them; see `chain`."""
+
+    count: int = 1
+    norm: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class LayerRecipe:
     shared: BankRecipe | None = None
     join: str = "sum"
     pool_of: int = 0
+    rounds: Rounds = Rounds()
 
     @property
     def num_experts(self) -> int:
@@ -119,7 +130,17 @@ def _layer(values: Mapping[str, Any], layer: int, owner: int) -> LayerRecipe:
         _bank(shared, "moe.shared") if shared is not None else None,
         join,
         owner,
+        _rounds(values.get("rounds", 1)),
     )
+
+
+def _rounds(value: Any) -> Rounds:
+    options = dict(value) if isinstance(value, Mapping) else {"count": value}
+    _check_keys(options, ("count", "norm", "tied"), "moe.rounds")
+    count = options.get("count", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"moe.rounds is {count!r}; it must be a whole number, 1 at least")
+    return Rounds(**options)
 
 
 def _bank(values: Mapping[str, Any], where: str) -> BankRecipe:

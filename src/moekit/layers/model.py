@@ -27,8 +27,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from moekit.core.errors import UserError
 
 from .build import build_bank, build_router
+from .chain import ChainLayer, RouterChain
 from .config import MoekitConfig
-from .context import RouterContext
+from .context import ATTENTION, RouterContext
+from .elastic_depth import check_depth, kept_layers
 from .layer_recipe import LayerRecipe
 from .moe import MoELayer, SharedExpert
 from .pieces import Pieces, pieces
@@ -62,9 +64,12 @@ def build_layer(width: int, recipe: LayerRecipe, pool: ExpertPool | None = None)
 
     Raises UserError for names and values that the parts refuse.
     """
-    router = build_router(
-        recipe.router, width, recipe.num_experts, recipe.top_k, **recipe.router_options
-    )
+    routers = [
+        build_router(
+            recipe.router, width, recipe.num_experts, recipe.top_k, **recipe.router_options
+        )
+        for _ in range(1 if recipe.rounds.tied else recipe.rounds.count)
+    ]
     lent = pool is not None
     if pool is None:
         pool = ExpertPool(build_bank(b.type, width, b.count, **b.options) for b in recipe.banks)
@@ -72,7 +77,11 @@ def build_layer(width: int, recipe: LayerRecipe, pool: ExpertPool | None = None)
     if recipe.shared is not None:
         bank = build_bank(recipe.shared.type, width, recipe.shared.count, **recipe.shared.options)
         shared = SharedExpert(width, bank, join=recipe.join)
-    return MoELayer(router, pool, shared, lent=lent)
+    if recipe.rounds.count == 1:
+        return MoELayer(routers[0], pool, shared, lent=lent)
+    chain = RouterChain(routers, recipe.rounds.count)
+    norm_width = width if recipe.rounds.norm else None
+    return ChainLayer(chain, pool, shared, norm_width=norm_width, lent=lent)
 
 
 class MoekitDecoderLayer(GradientCheckpointingLayer):
@@ -91,7 +100,10 @@ class MoekitDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, RouterContext]:
         """`hidden` [B, S, D] through the layer, and the context for the next one."""
         here = context.enter(self.index)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **attention)[0]
+        attended, weights = self.self_attn(self.input_layernorm(hidden), **attention)[:2]
+        if weights is not None:
+            here.carry[ATTENTION] = weights
+        hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden), here), here
 
 
@@ -130,6 +142,7 @@ class MoekitModel(MoekitPreTrainedModel):
     def __init__(self, config: MoekitConfig) -> None:
         super().__init__(config)
         parts = pieces(config)
+        check_depth(config.elastic_depth, config.num_hidden_layers)
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
         layers: list[nn.Module] = []
@@ -206,8 +219,8 @@ class MoekitModel(MoekitPreTrainedModel):
         )
         hidden = inputs_embeds
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer in self.layers:
-            hidden, context = layer(
+        for index in kept_layers(self.config.elastic_depth, context, len(self.layers)):
+            hidden, context = self.layers[index](
                 hidden,
                 context,
                 attention_mask=mask,

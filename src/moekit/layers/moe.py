@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ class SharedExpert(nn.Module):
 
     def __init__(self, width: int, bank: nn.Module, *, join: str = "sum") -> None:
         super().__init__()
-        self.bank, self.join = bank, join
+        self.bank: Any = bank
+        self.join = join
         if join == "gate":
             self.gate = nn.Linear(width, 1, bias=False)
         elif join == "coefficients":
@@ -56,12 +59,13 @@ class MoELayer(nn.Module):
         lent: bool = False,
     ) -> None:
         super().__init__()
-        self.router, self.shared = router, shared
+        self.router: Any = router
+        self.shared = shared
         if lent:
             # In a tuple, so that its parameters are not this layer's as well.
             self._lent = (pool,)
         else:
-            self.pool = pool
+            self.pool: Any = pool
 
     def __getattr__(self, name: str):
         if name == "pool" and self.lent:
@@ -97,13 +101,18 @@ class MoELayer(nn.Module):
         if context is None:
             context = RouterContext(batch, length, training=self.training)
         context.cost = self.pool.cost(hidden.device)
-        flat = hidden.reshape(-1, width)
-        routing = self.router(flat, context)
+        return self.mix(hidden.reshape(-1, width), context).view(batch, length, width)
+
+    def mix(self, hidden: Tensor, context: RouterContext) -> Tensor:
+        """What the experts make of `hidden` [T, D]: [T, D]."""
+        return self.route(self.router, hidden, context)
+
+    def route(self, router: nn.Module, hidden: Tensor, context: RouterContext) -> Tensor:
+        """One decision of `router` about `hidden` [T, D], carried out by pool and shared expert."""
+        routing = router(hidden, context)
         context.records.append(routing)
-        out = self.pool(flat, routing)
-        if self.shared is not None:
-            out = self.shared(flat, out)
-        return out.view(batch, length, width)
+        out = self.pool(hidden, routing)
+        return out if self.shared is None else self.shared(hidden, out)
 
     def after_step(self, counts: Tensor, round: int = 0) -> None:
         """Tell the router the pairs of each expert [E] in the last step, over all processes."""

@@ -42,12 +42,20 @@ class Elasticity:
         """Experts kept and experts a token, in this step."""
         if not context.training:
             return self.eval_experts, self.eval_top_k
-        generator = seeds.generator(context.seed, f"sub-model of step {context.step}")
-        if float(torch.rand((), generator=generator)) < self.full:
+        is_full, first, second, _ = sub_model_draw(context)
+        if is_full < self.full:
             return self.num_experts, self.top_k
-        pick = torch.rand(2, generator=generator).tolist()
-        kept = self.experts[int(pick[0] * len(self.experts))]
-        return kept, min(kept, self.top_ks[int(pick[1] * len(self.top_ks))])
+        kept = self.experts[int(first * len(self.experts))]
+        return kept, min(kept, self.top_ks[int(second * len(self.top_ks))])
+
+
+def sub_model_draw(context: RouterContext) -> list[float]:
+    """Four uniform numbers of this step, the same in every layer.
+
+    They decide whether the full model runs, and its experts, experts a token and layers otherwise.
+    """
+    generator = seeds.generator(context.seed, f"sub-model of step {context.step}")
+    return torch.rand(4, generator=generator).tolist()
 
 
 class ElasticScore(nn.Module):

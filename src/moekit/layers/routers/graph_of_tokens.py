@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moekit.core.errors import UserError
 from moekit.core.registry import register
 
-from ..context import RouterContext
+from ..context import ATTENTION, RouterContext
 from ..router import PipelineRouter
 from ..score import LinearScore
 from ..select import TopK
@@ -19,8 +19,6 @@ from ..squash import softmax
 from ..weigh import WEIGHTS
 from .pipeline import one_of
 
-# Where the model leaves the attention weights [B, H, S, S] of the layer that runs.
-ATTENTION = "attention"
 GRAPHS = ("similarity", "attention")
 
 
