@@ -91,6 +91,17 @@ def truncated(matrix: Tensor, rank: int, white: Whitener | None = None) -> Facto
     return row_space(matrix, rank, white).factors(matrix)
 
 
+def balanced(matrix: Tensor, rank: int) -> Factors:
+    """The best factors of rank R of one matrix [O, D], each with the roots of the singular values.
+
+    In float32, the precision of what is stored. Training moves both factors alike, which it does
+    not where one of them is orthogonal. (FlexMoRE 2602.08818.)
+    """
+    left, singular, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+    roots = singular[:rank].sqrt()
+    return Factors(left[:, :rank] * roots, roots[:, None] * right[:rank])
+
+
 def rank_for(squares: Tensor, keep: float) -> int:
     """The least rank whose singular values hold the share `keep` of the sum of `squares`.
 

@@ -1,19 +1,13 @@
-"""What is trained: MoTE's ternary experts and D2MoE's bit router."""
+"""What is trained: ternary weights through their rounding, and D2MoE's bit router."""
 
 import copy
 
 import pytest
 import torch
-from torch import nn
 
 from moekit.compress import rewrite_of
 from moekit.compress.quantize.bit_router import NestedExperts, train_bit_routers
 from moekit.compress.quantize.planning import QuantizeRequest, plan_quantization
-from moekit.compress.quantize.ternary_experts import (
-    MoTE,
-    TernaryLinear,
-)
-from moekit.core.errors import UserError
 from moekit.core.packed import CodecChoice
 from moekit.core.view import MoEView
 from moekit.ops.straight_through import int8_rows, ternary_weight
@@ -41,58 +35,6 @@ def test_inputs_have_256_steps_and_pass_their_gradient():
     assert torch.allclose(steps, steps.round(), atol=1e-4)
     made.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
-
-
-def dense_block():
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16, bias=False))
-
-
-def test_without_a_gate_the_model_is_the_dense_one():
-    dense, x = dense_block(), random(7, 16)
-    block = MoTE(copy.deepcopy(dense), 16, preserve=True)
-    assert torch.equal(block(x).hidden, dense(x))
-    plain = MoTE(copy.deepcopy(dense), 16)
-    # The paper's start is not the dense model: the gate is above zero.
-    assert not torch.allclose(plain(x).hidden, dense(x), atol=1e-3)
-
-
-def test_the_likeliest_expert_is_added_by_its_probability():
-    block, x = MoTE(dense_block(), 16, num_experts=3), random(9, 16)
-    probabilities = block.router(x).softmax(-1)
-    made = block(x)
-    for t in range(9):
-        i = int(probabilities[t].argmax())
-        expected = block.shared(x[t]) + probabilities[t, i] * block.experts[i](x[t : t + 1])[0]
-        assert torch.allclose(made.hidden[t], expected, atol=1e-6)
-    assert float(made.balance) >= 1 - 1e-6
-    assert all(isinstance(m, TernaryLinear) for e in block.experts for m in (e[0], e[2]))
-
-
-def test_training_moves_experts_and_router_only():
-    block = MoTE(dense_block(), 16)
-    before = copy.deepcopy(block.state_dict())
-    x, target = random(64, 16), random(64, 16, seed=3)
-    optimizer = torch.optim.Adam([p for p in block.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(30):
-        made = block(x)
-        loss = (made.hidden - target).square().mean() + 0.01 * made.balance
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.9 * losses[0]
-    moved = {n for n, v in block.state_dict().items() if not torch.equal(v, before[n])}
-    assert "router.weight" in moved
-    assert any(name.startswith("experts.") for name in moved)
-    assert not any(name.startswith("shared.") for name in moved)
-
-
-def test_a_block_without_linear_layers_is_refused():
-    with pytest.raises(UserError, match="SiLU has no linear layers"):
-        MoTE(nn.SiLU(), 16)
 
 
 @pytest.fixture
