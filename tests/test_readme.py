@@ -22,6 +22,7 @@ PAGES = [
     "docs/guides/run-larger-than-memory.md",
     "docs/guides/train-a-new-moe.md",
     "docs/guides/routers.md",
+    "docs/guides/routers-by-key-and-unit.md",
 ]
 # Their commands take minutes; those of the pages above go through the same verbs.
 LONG = [

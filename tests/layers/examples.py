@@ -26,6 +26,7 @@ EXPERT_OPTIONS = {
     "low-rank": {"expert_width": 24, "latent_width": 8},
     "monet-horizontal": {"expert_width": 24},
     "monet-vertical": {"expert_width": 24},
+    "segment": {"expert_width": 24, "size": 2, "whole": True, "shared": False},
     "ternary": {"expert_width": 24},
 }
 ROUTERS = [method.name for method in registry.methods(kind="router")]

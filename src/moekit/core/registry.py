@@ -33,6 +33,7 @@ KINDS = (
     "router",
     "balance",
     "expert",
+    "attention",
     "backend",
     "saliency",
     "search",

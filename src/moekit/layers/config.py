@@ -18,6 +18,8 @@ class MoekitConfig(PreTrainedConfig):
     that such an attention reads have that family's names: "qwen3" (grouped queries with a norm on
     queries and keys), "mixtral" (grouped queries) or "deepseek_v3" (latent attention). `moe` says
     what stands in the layers in place of an MLP of `intermediate_size`; see `layer_recipe`.
+    `moe_attention` puts attention experts in place of the attention of every layer; see
+    `routed_attention.build_attention`.
     `router_aux_loss_coef` scales the balance loss of the trainer, for routers that do not balance
     themselves by a bias. `elastic_depth` draws layers to skip; see `elastic_depth.kept_layers`.
     """
@@ -33,6 +35,7 @@ class MoekitConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     attention: str = "qwen3"
     moe: dict | None = None
+    moe_attention: dict | None = None
     router_aux_loss_coef: float = 0.01
     elastic_depth: dict | None = None
     hidden_act: str = "silu"

@@ -35,6 +35,7 @@ from .layer_recipe import LayerRecipe
 from .moe import MoELayer, SharedExpert
 from .pieces import Pieces, pieces
 from .pool import ExpertPool
+from .routed_attention import ATTENTION_ROUND, RoutedAttention, build_attention
 from .routing import Routing
 
 
@@ -90,7 +91,10 @@ class MoekitDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoekitConfig, index: int, parts: Pieces, mlp: nn.Module) -> None:
         super().__init__()
         self.index = index
-        self.self_attn = parts.attention(config, index)
+        if config.moe_attention is None:
+            self.self_attn = parts.attention(config, index)
+        else:
+            self.self_attn = build_attention(config.hidden_size, config.moe_attention)
         self.mlp = mlp
         self.input_layernorm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -100,6 +104,8 @@ class MoekitDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, RouterContext]:
         """`hidden` [B, S, D] through the layer, and the context for the next one."""
         here = context.enter(self.index)
+        if isinstance(self.self_attn, RoutedAttention):
+            attention = {"context": here}
         attended, weights = self.self_attn(self.input_layernorm(hidden), **attention)[:2]
         if weights is not None:
             here.carry[ATTENTION] = weights
@@ -189,6 +195,10 @@ class MoekitModel(MoekitPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.config.moe_attention is not None:
+            if past_key_values is not None:
+                raise UserError("attention experts have no cache; call with use_cache=False")
+            use_cache = False
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -296,8 +306,9 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
         micro-batches and processes.
         """
         for routing, count in zip(routings, counts, strict=True):
-            layer = self.model.layers[routing.layer].mlp
-            layer.after_step(count, routing.round)
+            block = self.model.layers[routing.layer]
+            part = block.self_attn if routing.round == ATTENTION_ROUND else block.mlp
+            part.after_step(count, routing.round)
 
 
 AutoConfig.register("moekit", MoekitConfig, exist_ok=True)

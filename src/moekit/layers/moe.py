@@ -86,11 +86,16 @@ class MoELayer(nn.Module):
     @property
     def decodes(self) -> bool:
         """Whether a token may be routed alone, from a cache, as it is within its sequence."""
-        return getattr(self.router, "decodes", self.router.causal)
+        return self._experts_causal and getattr(self.router, "decodes", self.router.causal)
 
     @property
     def causal(self) -> bool:
-        return self.router.causal
+        return self._experts_causal and self.router.causal
+
+    @property
+    def _experts_causal(self) -> bool:
+        # Experts of whole segments mix tokens, whatever the router reads.
+        return all(getattr(bank, "causal", True) for bank in self.pool.banks)
 
     @property
     def sees_batch(self) -> bool:

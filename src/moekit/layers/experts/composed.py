@@ -195,6 +195,15 @@ class VerticalExperts(ComposedExperts):
     bias_j. `up_*` [n, F/2, D], the others [n, D/2, F/2], biases [n, D/2].
     """
 
+    up_first: nn.Parameter
+    own_first: nn.Parameter
+    cross_first: nn.Parameter
+    first_bias: nn.Parameter
+    up_second: nn.Parameter
+    own_second: nn.Parameter
+    cross_second: nn.Parameter
+    second_bias: nn.Parameter
+
     def __init__(
         self, width: int, count: int, *, expert_width: int, first: int | None = None
     ) -> None:

@@ -17,6 +17,7 @@ from moekit.core.registry import register
 
 from ..context import RouterContext
 from ..router import PipelineRouter
+from ..routing import Routing
 from ..score import MLPScore
 from ..select import TopK
 from ..squash import softmax
@@ -110,3 +111,23 @@ def timestep_router(
         select=TopK(top_k),
         weigh=WEIGHTS["raw"](),
     )
+
+
+@register(
+    "balance",
+    "weight-load-loss",
+    title="Product of an expert's load and its mean combine weight",
+    paper="MoDE, arXiv:2412.12953",
+    needs=("training",),
+)
+def weight_load_loss(routing: Routing) -> Tensor:
+    """E * sum over experts of (summed weight / tokens) * (pairs / tokens), no gradient of the load.
+
+    K at balance where weights are renormalised over K experts a token.
+    """
+    tokens = max(1, int(routing.num_real_tokens))
+    weight = routing.weight
+    if routing.token_mask is not None:
+        weight = weight * routing.token_mask[routing.token]
+    total = weight.new_zeros(routing.num_experts).index_add(0, routing.expert, weight)
+    return routing.num_experts * (total * routing.counts()).sum() / tokens**2

@@ -48,7 +48,8 @@ class LocalSearch(nn.Module):
         many: int = 150,
     ) -> None:
         super().__init__()
-        self.router, self.steps = router, steps
+        self.router: Any = router
+        self.steps = steps
         self.hot, self.cold, self.few, self.many = hot, cold, few, many
         self.slots = nn.Parameter(torch.empty(num_experts, num_experts))
         self.init_weights_with(hot)
@@ -84,12 +85,15 @@ class LocalSearch(nn.Module):
             return self._softly(routing, context.step)
         moved = self.expert_of_slot()
         back = moved.argsort()
+        logits = None if routing.logits is None else routing.logits[:, back]
+        scores = None if routing.scores is None else routing.scores[:, back]
         return replace(
             routing,
             expert=moved[routing.expert],
             dropped=_moved_drops(routing, moved),
-            logits=None if routing.logits is None else routing.logits[:, back],
-            scores=None if routing.scores is None else routing.scores[:, back],
+            logits=logits,
+            # Losses tell by this that scores are no probabilities.
+            scores=logits if routing.scores is routing.logits else scores,
         )
 
     def _softly(self, routing: Routing, step: int) -> Routing:
@@ -101,6 +105,8 @@ class LocalSearch(nn.Module):
         mixed = weights @ permutation
         unit, expert, _ = ragged_choice(mixed != 0, mixed)
         scores = routing.scores
+        if scores is not None and scores is routing.logits:
+            scores = scores.softmax(-1)
         return replace(
             routing,
             token=unit,

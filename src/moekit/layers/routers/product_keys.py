@@ -204,7 +204,7 @@ def _real(values: Tensor, routing: Routing) -> Tensor:
 
 def _check(routing: Routing) -> None:
     if FIRST not in routing.extra:
-        raise ValueError("this routing has no product keys: use router 'monet', not explicit")
+        raise UserError("a loss on half-experts needs router 'monet', not explicit")
 
 
 @register(
@@ -219,7 +219,7 @@ def uniformity_loss(routing: Routing) -> Tensor:
     """Mean over sets, heads and half-experts of -log of the mean probability: log n at balance.
 
     Of the softmax over all half-experts, so that those below the threshold get a gradient too.
-    ValueError for a record without product keys.
+    UserError for a record without product keys.
     """
     _check(routing)
     means = [_real(routing.extra[name], routing).softmax(-1).mean(0) for name in LOGITS]
@@ -237,7 +237,7 @@ def uniformity_loss(routing: Routing) -> Tensor:
 def ambiguity_loss(routing: Routing) -> Tensor:
     """Mean over tokens, heads and sets of one less the largest gate: 0 where heads are certain.
 
-    ValueError for a record without product keys.
+    UserError for a record without product keys.
     """
     _check(routing)
     largest = [_real(routing.extra[name], routing).amax(-1) for name in (FIRST, SECOND)]

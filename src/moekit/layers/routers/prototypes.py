@@ -23,6 +23,7 @@ from ..context import RouterContext
 from ..router import Choice, PipelineRouter
 from ..routing import Routing
 from ..select import ExpertChoice, TopK
+from ..squash import identity, softmax
 from ..terms import NEVER
 from ..weigh import RawWeights
 from .pipeline import one_of
@@ -32,14 +33,10 @@ FILLED = "prototype_filled"
 CHOOSERS = ("tokens", "experts")
 
 
-def _clamped_identity(logits: Tensor) -> Tensor:
-    # A column of minus infinity, the expert that nobody chooses by resemblance, scores 0.
-    return logits.masked_fill(logits == NEVER, 0.0)
-
-
 SCORE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": _clamped_identity,
-    "softmax": lambda logits: logits.softmax(-1),
+    # As cosines they may be negative, and minus infinity for the expert of unconditional tokens.
+    "identity": identity,
+    "softmax": softmax,
     "sigmoid": torch.sigmoid,
 }
 
@@ -139,11 +136,11 @@ def routing_contrastive_loss(routing: Routing, *, temperature: float = 0.07) -> 
     """Cross-entropy of cos(prototype i, mean of expert j's tokens) / temperature with i = j.
 
     Over the experts that got tokens; 0 if fewer than two did. log(n) where n cosines are equal,
-    towards 0 where every prototype lies at its own mean and the means apart. ValueError for a
+    towards 0 where every prototype lies at its own mean and the means apart. UserError for a
     record without prototypes.
     """
     if COSINES not in routing.extra:
-        raise ValueError("this routing has no prototypes: use router 'promoe', in training")
+        raise UserError("routing-contrastive needs prototypes: use router 'promoe', in training")
     filled = routing.extra[FILLED].nonzero().flatten()
     logits = routing.extra[COSINES][filled][:, filled] / temperature
     if len(filled) < 2:

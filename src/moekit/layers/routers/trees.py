@@ -128,10 +128,10 @@ class TreeRouter(nn.Module):
 def leaf_entropy(routing: Routing) -> Tensor:
     """Mean over tokens of the sum of the trees' entropies, in nats: 0 once all splits are hard.
 
-    ValueError for a record without trees.
+    UserError for a record without trees.
     """
     if LEAVES not in routing.extra:
-        raise ValueError("this routing has no trees: use router 'comet'")
+        raise UserError("leaf-entropy needs trees: use router 'comet'")
     reach = routing.extra[LEAVES]
     entropy = -(reach * (reach + _ENTROPY_EPS).log()).sum((1, 2))
     if routing.token_mask is not None:

@@ -25,7 +25,7 @@ from ..router import PipelineRouter
 from ..routing import Routing
 from ..select import TopK
 from ..squash import softmax
-from ..terms import NEVER
+from ..terms import NEVER, ExpertBias
 from ..weigh import WEIGHTS
 from .pipeline import one_of
 
@@ -104,19 +104,18 @@ class TypedScore(nn.Module):
         return own.masked_fill(~self.pools.mask(key.device)[kind], NEVER)
 
 
-class TypedBias(nn.Module):
+class TypedBias(ExpertBias):
     """A loss-free bias for every type, `expert_bias` [M, E], moved by that type's own pairs.
 
     One router's balance does not imply the pool's, and a common bias would take a modality's
     imbalance out on the others.
     """
 
-    expert_bias: Tensor
     seen: Tensor
 
     def __init__(self, pools: TypePools, rate: float) -> None:
-        super().__init__()
-        self.pools, self.rate = pools, rate
+        super().__init__(pools.num_experts, rate)
+        self.pools = pools
         shape = (pools.types, pools.num_experts)
         self.register_buffer("expert_bias", torch.zeros(shape))
         self.register_buffer("seen", torch.zeros(shape))
