@@ -56,7 +56,7 @@ def checked(method: Method, options: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _fits(value: Any, wanted: str) -> bool:
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
     allowed = [kinds.get(part.strip()) for part in wanted.split("|")]
     if value is None:
         return "None" in wanted

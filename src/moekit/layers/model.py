@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ class MoekitDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.index = index
         if config.moe_attention is None:
-            self.self_attn = parts.attention(config, index)
+            self.self_attn: Any = parts.attention(config, index)
         else:
             self.self_attn = build_attention(config.hidden_size, config.moe_attention)
-        self.mlp = mlp
+        self.mlp: Any = mlp
         self.input_layernorm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = parts.norm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -118,22 +118,25 @@ class MoekitPreTrainedModel(PreTrainedModel):
     config_class = MoekitConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["MoekitDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _no_split_modules = ["MoekitDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Small and moved by steps that bf16 would round away.
-    _keep_in_fp32_modules_strict: ClassVar = ["expert_bias"]
-    _can_record_outputs: ClassVar = {"hidden_states": OutputRecorder(MoekitDecoderLayer, index=0)}
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(MoekitDecoderLayer, index=0)
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # Parts whose weights follow the model's initial width say so; others keep their own.
-        if hasattr(module, "init_weights_with") and not module_is_loaded(module):
-            module.init_weights_with(self.config.initializer_range)
+        initialise: Any = getattr(module, "init_weights_with", None)
+        if initialise is not None and not module_is_loaded(module):
+            initialise(self.config.initializer_range)
 
 
 def module_is_loaded(module: nn.Module) -> bool:
@@ -151,7 +154,7 @@ class MoekitModel(MoekitPreTrainedModel):
         check_depth(config.elastic_depth, config.num_hidden_layers)
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
-        layers: list[nn.Module] = []
+        layers: list[Any] = []
         for index, recipe in enumerate(config.layer_recipes()):
             mlp: nn.Module
             if recipe is None:
@@ -166,8 +169,8 @@ class MoekitModel(MoekitPreTrainedModel):
         for part in list(self.layers.modules()):
             if hasattr(part, "share"):
                 part.share(self.shared)
-        self.norm = parts.norm(width, eps=config.rms_norm_eps)
-        self.rotary_emb = parts.rotary(config=config)
+        self.norm: Any = parts.norm(width, eps=config.rms_norm_eps)
+        self.rotary_emb: Any = parts.rotary(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -271,7 +274,9 @@ def fill_context(
 class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
     """The decoder with its head; what AutoModelForCausalLM makes of a config of type moekit."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
 
     def __init__(self, config: MoekitConfig) -> None:
         super().__init__(config)

@@ -20,6 +20,7 @@ Shapes: T tokens, D width, E experts of all banks together.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .routing import Pairs, Routing
 
 class ExpertPool(nn.Module):
     """The banks' experts under one numbering: the first bank's come first."""
+
+    banks: Any
 
     def __init__(self, banks: Iterable[nn.Module]) -> None:
         super().__init__()

@@ -54,6 +54,12 @@ class PipelineRouter(nn.Module):
     Logits, scores and weights are float32, also under autocast.
     """
 
+    # Functions or modules; nn.Module would know their attributes as tensors or modules only.
+    score: Any
+    squash: Any
+    select: Any
+    weigh: Any
+
     def __init__(
         self,
         num_experts: int,
@@ -163,12 +169,10 @@ def to_tokens(
 
 def keep_pairs(routing: Routing, keep: Tensor, *, dropped: bool = True) -> Routing:
     """`routing` with only the pairs where `keep` [N] is True; the others count as `dropped`."""
-    lost = torch.stack([routing.token[~keep], routing.expert[~keep]], 1)
-    before = routing.dropped
-    if not dropped:
-        lost = before
-    elif before is not None:
-        lost = torch.cat([before, lost])
+    lost = routing.dropped
+    if dropped:
+        fresh = torch.stack([routing.token[~keep], routing.expert[~keep]], 1)
+        lost = fresh if lost is None else torch.cat([lost, fresh])
     return replace(
         routing,
         token=routing.token[keep],

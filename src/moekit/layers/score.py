@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +46,8 @@ class MLPScore(nn.Module):
         super().__init__()
         self.up = nn.Parameter(torch.empty(hidden, width))
         self.down = nn.Parameter(torch.empty(num_experts, hidden))
-        self.activation = {"tanh": torch.tanh, "gelu": F.gelu}[activation]
+        functions: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu}
+        self.activation = functions[activation]
         self.init_weights_with(0.02)
 
     def init_weights_with(self, std: float) -> None:

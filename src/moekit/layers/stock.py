@@ -156,7 +156,7 @@ def _rule(layer: nn.Module) -> _Rule:
         raise _NoStock("experts other than SwiGLU")
     if type(router.weigh) not in (RawWeights, RenormalisedWeights):
         raise _NoStock(f"weights by {type(router.weigh).__name__}")
-    squash = {torch.sigmoid: "sigmoid"}.get(router.squash, getattr(router.squash, "__name__", ""))
+    squash = "sigmoid" if router.squash is torch.sigmoid else router.squash.__name__
     for edit in router.edits:
         trains = isinstance(edit, Capacity) and edit.eval_factor is None
         if not trains and not isinstance(edit, SecondThinning):
@@ -196,7 +196,7 @@ def _renamed(model: MoekitForCausalLM) -> Iterator[tuple[str, Tensor]]:
         mlp = f"{block}.mlp"
         if rest == "router.score.weight":
             yield f"{mlp}.gate.weight", value
-            router = model.get_submodule(f"{mlp}.router")
+            router: Any = model.get_submodule(f"{mlp}.router")
             if router.squash is torch.sigmoid:
                 bias = [term.expert_bias for term in router.terms if isinstance(term, ExpertBias)]
                 yield (

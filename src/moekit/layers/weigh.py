@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from .context import RouterContext
@@ -37,4 +40,4 @@ class RenormalisedWeights:
         return raw / (total[choice.unit] + 1e-20) * self.scale
 
 
-WEIGHTS = {"raw": RawWeights, "renormalised": RenormalisedWeights}
+WEIGHTS: dict[str, Callable[..., Any]] = {"raw": RawWeights, "renormalised": RenormalisedWeights}

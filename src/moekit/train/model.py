@@ -44,7 +44,7 @@ def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
         raise UserError(f"model: {family} rejects these arguments: {error}") from error
     if family == MoekitConfig.model_type:
         with torch.device("meta"):
-            MoekitForCausalLM(config)
+            MoekitForCausalLM(cast(MoekitConfig, config))
     return config
 
 

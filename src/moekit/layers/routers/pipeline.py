@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -110,7 +111,7 @@ def pipeline_router(
         terms.append(Noise(noise))
     if keep_groups < groups and select != "group-quota":
         terms.append(GroupLimit(groups, keep_groups, group_score))
-    selections = {
+    selections: dict[str, Callable[[], Any]] = {
         "top-k": lambda: TopK(top_k),
         "top-p": lambda: TopP(threshold, top_k),
         "group-quota": lambda: GroupQuota(top_k, groups),
