@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moekit.core.errors import UserError
-from moekit.merge.learned import COEFFICIENTS_FILE
+from moekit.core.load import load_tokenizer
+from moekit.merge import search
+from moekit.merge.learned import Learner, frank_wolfe
 from moekit.merge.mixture import token_loss
+from moekit.merge.preparation import COEFFICIENTS_FILE, Preparation, assembled
 from moekit.merge.recipe import MergeRecipe, merge_from_dict
 from moekit.merge.run import merge
+from moekit.merge.sources import MergeSources
+from moekit.profile.parameter_inputs import parameter_inputs
 from tests.merge.models import write_family
 
 
@@ -94,10 +100,6 @@ def test_regmean_without_off_diagonals_weighs_columns(dense, tmp_path) -> None:
 
 
 def test_regmean_is_the_minimum_of_its_objective(dense, tmp_path) -> None:
-    from moekit.merge.preparation import assembled
-    from moekit.merge.sources import MergeSources
-    from moekit.profile.parameter_inputs import parameter_inputs
-
     given = {"scale": 1.0, "ridge": 1e-9}
     found = merged(tmp_path / "out", dense, "regmean", base=False, parameters=given)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -105,8 +107,6 @@ def test_regmean_is_the_minimum_of_its_objective(dense, tmp_path) -> None:
     scale = 0.0
     with MergeSources([str(dense / "a"), str(dense / "b")], Path) as sources:
         for source in sources.by_name.values():
-            from moekit.merge.preparation import Preparation
-
             room = Preparation(recipe(dense, "regmean", base=False), sources, tmp_path, 0)
             network = assembled(source)
             inputs = parameter_inputs(network, room.sequences(source.name), "second")
@@ -167,8 +167,6 @@ def test_adamerging_lowers_the_loss(dense, tmp_path, granularity) -> None:
 
 
 def loss_of(model: Path, root: Path) -> float:
-    from moekit.core.load import load_tokenizer
-
     network = AutoModelForCausalLM.from_pretrained(model)
     ids = load_tokenizer(root / "base")((root / "a.txt").read_text())["input_ids"][:48]
     with torch.no_grad():
@@ -187,8 +185,6 @@ def test_trimmed_task_vectors_agree_in_sign(dense, tmp_path) -> None:
 
 
 def test_an_interrupted_adamerging_goes_on(dense, tmp_path, monkeypatch) -> None:
-    from moekit.merge.learned import Learner
-
     given = recipe(dense, "adamerging", parameters={"steps": 4, "batch": 2, "lr": 0.05})
     merge(given, tmp_path / "whole")
     losses, calls = Learner.losses, []
@@ -219,12 +215,73 @@ def test_frank_wolfe_stays_in_the_hull(dense, tmp_path, granularity, oracle) -> 
         assert min(row) >= 0
 
 
+class Quadratic:
+    """Half the squared distance of a weighted sum of points to a target, in place of a network."""
+
+    def __init__(self, points: Tensor, target: Tensor) -> None:
+        # The base comes first, and is no vertex of the hull.
+        self._points = torch.cat([torch.zeros(1, points.shape[1]).double(), points])
+        self._target = target
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 1, len(self._points)
+
+    def set(self, weights: Tensor) -> None:
+        self.place = weights[0] @ self._points
+
+    def pull(self, cosine: bool = False) -> Tensor:
+        assert not cosine
+        return ((self.place - self._target) @ self._points.T).unsqueeze(0)
+
+
+def walked(points: Tensor, target: Tensor, scratch: Path, steps: int = 2000) -> Quadratic:
+    class Room:
+        def state(self, name: str) -> Path:
+            return scratch / name
+
+        def told(self, *_: Any) -> None: ...
+
+    options = {"steps": steps, "step_size": 1.0, "start": "average", "oracle": "inner"}
+    options |= {"granularity": "task", "loss": "none"}
+    quadratic: Any = Quadratic(points, target)
+    learner = Learner(quadratic, {}, options, Room(), 0)  # type: ignore[arg-type]
+    learner.losses = lambda step, models=None: 0.0  # type: ignore[method-assign]
+    quadratic.set(frank_wolfe(learner))
+    return quadratic
+
+
+def test_frank_wolfe_finds_the_nearest_point_of_the_hull(tmp_path) -> None:
+    corners = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    (tmp_path / "far").mkdir()
+    inside = torch.tensor([0.5, 0.3], dtype=torch.float64)
+    outside = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    middle = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    for number, (target, nearest) in enumerate(((inside, inside), (outside, middle))):
+        (tmp_path / str(number)).mkdir()
+        found = walked(corners, target, tmp_path / str(number)).place
+        # The error falls as 1 / steps, here 2 * diameter^2 / steps at most.
+        assert float((found - nearest).square().sum()) < 2 * 8 / 2000
+    # A vertex that is never chosen changes nothing but the start.
+    far = torch.cat([corners, torch.tensor([[-9.0, -9.0]], dtype=torch.float64)])
+    found = walked(far, outside, tmp_path / "far").place
+    assert float((found - middle).square().sum()) < 2 * 8 / 2000 + 1e-9
+
+
 def test_soft_frank_wolfe_lowers_the_loss(dense, tmp_path) -> None:
     given = {"loss": "cross-entropy", "start": "base", "lr": 0.05, "batch": 8, "init": 0.1}
     merged(
         tmp_path / "out", dense, "fw_soft", "a", parameters={**given, "steps": 2, "inner_steps": 6}
     )
     assert loss_of(tmp_path / "out", dense) <= loss_of(dense / "base", dense)
+
+
+def test_a_directory_of_somebody_else_stays(dense, tmp_path) -> None:
+    (tmp_path / "out.prepared").mkdir()
+    (tmp_path / "out.prepared" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not from moekit"):
+        merge(recipe(dense, "regmean", base=False), tmp_path / "out")
+    assert (tmp_path / "out.prepared" / "notes.txt").exists()
 
 
 def test_text_is_asked_for(dense, tmp_path) -> None:
@@ -236,3 +293,57 @@ def test_text_is_asked_for(dense, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there are entropy, cross-entropy"):
         merge(recipe(dense, "adamerging", parameters={"loss": "l2"}), tmp_path / "out")
+
+
+def search_recipe(root: Path, method: str = "ties", **more: Any) -> MergeRecipe:
+    content = {
+        "merge_method": method,
+        "base_model": str(root / "base"),
+        "models": [
+            {"model": str(root / m), "data": str(root / "a.txt"), "parameters": {"weight": 0.5}}
+            for m in "ab"
+        ],
+        "data": {"max_tokens": 48, "seq_len": 24},
+        "search": {"budget": 24, "groups": 2, **more},
+    }
+    return merge_from_dict(content)
+
+
+def test_a_search_never_ends_above_the_recipe(dense, tmp_path) -> None:
+    merge(search_recipe(dense, over=["weight", "density"], high=1.0), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "moekit_search.json").read_text())
+    plain = search_recipe(dense)
+    merge(dataclasses.replace(plain, search=None), tmp_path / "plain")
+    assert loss_of(tmp_path / "out", dense) <= loss_of(tmp_path / "plain", dense) + 1e-6
+    assert found["tried"] >= 24
+    # Two groups of layers and what lies outside of them.
+    values = {json.dumps(row) for row in found["parameters"].values()}
+    assert len(values) == 3
+
+
+def test_an_interrupted_search_goes_on(dense, tmp_path, monkeypatch) -> None:
+    given = search_recipe(dense, "linear")
+    merge(given, tmp_path / "whole")
+    loss, calls = search._Trial.loss, []
+
+    def interrupted(self: Any, values: list[float]) -> float:
+        calls.append(values)
+        if len(calls) == 14:
+            raise KeyboardInterrupt
+        return loss(self, values)
+
+    monkeypatch.setattr(search._Trial, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(given, tmp_path / "out")
+    merge(given, tmp_path / "out")
+    whole, out = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "out"))
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_searches_that_cannot_be_done(dense, tmp_path) -> None:
+    with pytest.raises(UserError, match="search over gamma: ties has by model weight, density"):
+        merge(search_recipe(dense, over="gamma"), tmp_path / "out")
+    with pytest.raises(UserError, match="looks at the whole model first"):
+        merge(search_recipe(dense, "sens"), tmp_path / "out")
+    with pytest.raises(UserError, match="budget is -3"):
+        search_recipe(dense, budget=-3)

@@ -16,7 +16,7 @@ _RESCALED = f"{_BASE} In mergekit's dialect the sum of magnitudes is kept, not t
 
 # Beside weights.
 NEEDS = {
-    **dict.fromkeys(("regmean", "aim"), ("data",)),
+    **dict.fromkeys(("regmean", "aim", "pleas"), ("data",)),
     **dict.fromkeys(("fisher", "sens", "adamerging", "fw_hard", "fw_soft"), ("data", "gradients")),
 }
 
@@ -121,6 +121,11 @@ _ROWS: dict[str, tuple[str, str, str]] = {
         "Sens-Merging 2502.12420",
         f"{_BASE} {_TEXT} Without the paper's factor across tasks, of which no code is published.",
     ),
+    "pleas": (
+        "Units matched by what they say on a text, matrices fitted to what both models compute",
+        "PLeaS 2407.02447",
+        f"{_TEXT} Two dense models, both in float32 in memory; they need not share a base.",
+    ),
     "adamerging": (
         "Coefficients by layer or task that give the least entropy",
         "AdaMerging 2310.02575",
@@ -166,7 +171,8 @@ _HELPS = {
     "select_applies_to": "deltas: the rest is left out; weights: it is merged too",
     "clip": "quantile at which magnitudes are cut",
     "inter": "normalised or raw: how models compete",
-    "ratio": "times the mean significance that counts as significant",
+    "ratio": "times the mean significance that counts as significant; for pleas the share of "
+    "neurons that stay separate",
     "calibration": "weight of significant columns",
     "r": "boost by the ratio of shared to unique changes",
     "alpha": "largest ratio",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from moekit.merge.consensus import Consensus
 from moekit.merge.job import MergeMethod, Rows, TensorJob
 from moekit.merge.magnitude import kept
 from moekit.merge.mixture import LOSSES, Mixture
-from moekit.merge.preparation import Preparation
+from moekit.merge.preparation import COEFFICIENTS_FILE, Preparation
 from moekit.merge.task_vectors import task_vector_blocks
 from moekit.merge.whole_model import whole_model_rules
 
-COEFFICIENTS_FILE = "moekit_coefficients.json"
 GRANULARITIES = ("layer", "task")
 ORACLES = ("inner", "cosine")
 
@@ -166,33 +166,34 @@ def adamerging(jobs: Mapping[str, TensorJob], room: Preparation) -> dict[str, Te
 
 
 def fw_hard(jobs: Mapping[str, TensorJob], room: Preparation) -> dict[str, TensorJob]:
-    """Frank-Wolfe over the hull of the models (2503.12649): towards the vertex that the gradient
-    of the summed loss points to, by 2 / (step + 2) * step_size.
+    """The weights that `frank_wolfe` finds from text."""
+    return _with_weights(jobs, frank_wolfe(Learner.of(jobs, room)), room)
 
-    `granularity` task moves the whole model to one vertex, layer each tensor to its own. Where no
-    vertex promises less than where it stands, nothing moves.
+
+def frank_wolfe(learner: Learner) -> Tensor:
+    """Weights [M, V] by Frank-Wolfe over the hull of the models (2503.12649).
+
+    Each step goes towards the vertex that the gradient of the loss points to, by 2 / (step + 2) *
+    step_size. `granularity` task moves the whole model to one vertex, layer each tensor to its own.
+    Where no vertex promises less than where it stands, nothing moves. Goes on where an interrupted
+    run stopped.
     """
-    learner = Learner.of(jobs, room)
-    weights, done, state = _start(learner), 0, room.state("fw_hard")
+    steps = int(learner.options["steps"])
+    weights, done, state = _start(learner), 0, learner.room.state("fw_hard")
     if state.exists():
         held = json.loads(state.read_text())
         weights, done = torch.tensor(held["weights"], dtype=torch.float64), held["done"]
-    for step in range(done, int(learner.options["steps"])):
+    for step in range(done, steps):
         learner.mixture.set(weights)
         loss = learner.losses(step)
-        chosen = _vertices(learner, weights)
         share = 2 / (step + 2) * float(learner.options["step_size"])
-        for tensor, vertex in enumerate(chosen):
+        for tensor, vertex in enumerate(_vertices(learner, weights)):
             if vertex is not None:
                 weights[tensor] *= 1 - share
                 weights[tensor, vertex] += share
         _keep(state, {"done": step + 1, "weights": weights.tolist()})
-        room.told(
-            f"fw_hard, {learner.options['loss']} {loss:.4f}",
-            step + 1,
-            int(learner.options["steps"]),
-        )
-    return _with_weights(jobs, weights, room)
+        learner.room.told(f"fw_hard, {learner.options['loss']} {loss:.4f}", step + 1, steps)
+    return weights
 
 
 def fw_soft(jobs: Mapping[str, TensorJob], room: Preparation) -> dict[str, TensorJob]:
@@ -282,7 +283,7 @@ def _elected(
             made[name] = job.whole(job.base).float() + delta
         return made
 
-    stored = [room.kept(f"elected-{n}", lambda n=n: trimmed(n)) for n in range(count)]
+    stored = [room.kept(f"elected-{n}", partial(trimmed, n)) for n in range(count)]
     return {
         name: dataclasses.replace(job, tensors=[one[name] for one in stored])
         for name, job in jobs.items()

@@ -17,6 +17,7 @@ from moekit.merge import competition, spherical, subspace
 from moekit.merge.consensus import Consensus
 from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Prepare, Rows, TensorJob
 from moekit.merge.learned import METHODS as LEARNED
+from moekit.merge.pleas import METHOD as PLEAS
 from moekit.merge.sparsify import Density
 from moekit.merge.statistics import METHODS as STATISTICS
 from moekit.merge.task_vectors import Part, Settings, merge_rows
@@ -339,14 +340,15 @@ OTHERS = (
 )
 
 
-ALL = (*TASK_VECTORS, *(method.name for method in (*OTHERS, *STATISTICS, *LEARNED)))
+NAMED = (*OTHERS, *STATISTICS, *LEARNED, PLEAS)
+ALL = (*TASK_VECTORS, *(method.name for method in NAMED))
 
 
 def merge_method(*, name: str, dialect: str = "mergekit") -> MergeMethod:
     """The method called `name` in one dialect ("mergekit" or "paper")."""
     if name in TASK_VECTORS:
         return _preset(name, dialect)
-    method = next(method for method in (*OTHERS, *STATISTICS, *LEARNED) if method.name == name)
+    method = next(method for method in NAMED if method.name == name)
     if name == "model_stock" and dialect == "mergekit":
         return dataclasses.replace(method, options={**method.options, "clamp": False})
     return method

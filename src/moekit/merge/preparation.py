@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,12 @@ from moekit.merge.sources import MergeSources
 
 if TYPE_CHECKING:
     from moekit.merge.plan import MergedTensor
+
+NO_TEXT = "{} learns from text: give --data, or data in the recipe."
+# A file of this name and the hash of what is merged says whose a directory is.
+MARK = "moekit-merge-"
+# Beside the result: the coefficients that a method has found.
+COEFFICIENTS_FILE = "moekit_coefficients.json"
 
 
 @dataclass
@@ -64,9 +71,7 @@ class Preparation:
         text = self.recipe.text
         files = self.recipe.files_of(model)
         if not files:
-            raise UserError(
-                f"{self.recipe.method} learns from text: give --data, or data in the recipe."
-            )
+            raise UserError(NO_TEXT.format(self.recipe.method or "the recipe") + f" ({model})")
         source = self.sources[model]
         tokenizer = load_tokenizer(source.directory)
         if tokenizer is None:
@@ -120,12 +125,24 @@ def prepare(tensors: Mapping[str, MergedTensor], room: Preparation) -> dict[str,
     return made
 
 
-def begin(scratch: Path, identity: Mapping[str, Any]) -> None:
-    """An empty directory at `scratch`, or the one that a merge with this identity has left."""
-    text = json.dumps(dict(identity), sort_keys=True)
-    mark = scratch / hashlib.sha256(text.encode()).hexdigest()[:16]
+def begin(scratch: Path, identity: Mapping[str, Any], recipe: MergeRecipe) -> None:
+    """An empty directory at `scratch`, or the one that a merge with this identity has left.
+
+    Raises `UserError` for a directory that something else has made.
+    """
+    files = [file for model in recipe.models for file in recipe.files_of(model)]
+    text = json.dumps([dict(identity), [_state(Path(file)) for file in files]], sort_keys=True)
+    mark = scratch / f"{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if scratch.exists() and not mark.exists():
-        for path in scratch.iterdir():
-            path.unlink()
+        inside = list(scratch.iterdir())
+        if inside and not any(path.name.startswith(MARK) for path in inside):
+            raise UserError(f"{scratch} is not from moekit; move it away or name another output.")
+        shutil.rmtree(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     mark.touch()
+
+
+def _state(path: Path) -> list[Any]:
+    """Changes when a file of text, or one in a directory of them, does."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -25,8 +25,9 @@ from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_outp
 from moekit.merge.ahead import computed_ahead
 from moekit.merge.align_experts import align_experts
 from moekit.merge.plan import MergedTensor, plan_merge, reads_text, result_layers
-from moekit.merge.preparation import Preparation, begin, prepare
+from moekit.merge.preparation import NO_TEXT, Preparation, begin, prepare
 from moekit.merge.recipe import MergeRecipe
+from moekit.merge.search import searched
 from moekit.merge.sources import MergeSources
 from moekit.merge.vocabulary import Vocabulary, common_vocabulary, with_vocabulary
 
@@ -75,8 +76,11 @@ def merge(
     def find(name: str) -> Path:
         return names[name] if names and name in names else find_model(name)
 
+    learns = reads_text(recipe)
+    if learns and not any(recipe.files_of(model) for model in recipe.models):
+        raise UserError(NO_TEXT.format(recipe.method or "the recipe"))
     by_parameter = recipe.align is not None or recipe.tokenizer is not None
-    by_parameter |= recipe.scope == "expert" or reads_text(recipe)
+    by_parameter |= recipe.scope == "expert" or learns
     with MergeSources(recipe.models, find, by_parameter=by_parameter) as sources:
         vocabulary = None
         if recipe.tokenizer is not None:
@@ -93,8 +97,12 @@ def merge(
         }
         scratch = target.absolute().with_name(target.name + ".prepared")
         room = Preparation(recipe, sources, scratch, seed, told)
-        if not dry_run and (recipe.search or any(t.method.prepare for t in tensors.values())):
-            begin(scratch, identity)
+        prepares = recipe.search or any(t.method.prepare for t in tensors.values())
+        if prepares and not dry_run:
+            if restart:
+                shutil.rmtree(scratch, ignore_errors=True)
+            begin(scratch, identity, recipe)
+            tensors = searched(tensors, room) if recipe.search else tensors
             tensors = prepare(tensors, room)
         result = Merged(
             target,
@@ -126,7 +134,8 @@ def merge(
                 note=note,
             )
         result.seconds = record.seconds
-    shutil.rmtree(scratch, ignore_errors=True)
+    if prepares:
+        shutil.rmtree(scratch)
     return result
 
 

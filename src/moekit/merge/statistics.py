@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from moekit.core.deferred import Deferred
 from moekit.merge.job import ByTensor, MergeMethod, Rows, TensorJob
-from moekit.merge.preparation import Preparation
+from moekit.merge.preparation import COEFFICIENTS_FILE, Preparation
 from moekit.merge.sources import layer_of_name
 from moekit.merge.task_vectors import read_rows
 from moekit.ops.regression import regression_mean
@@ -216,7 +216,7 @@ def sensitive_weights(jobs: Mapping[str, TensorJob], room: Preparation) -> dict[
     temperature = float(first.options["temperature"])
     factors = table.div(temperature).softmax(dim=1) * table.shape[1]
     found = dict(zip(totals, factors.tolist(), strict=True))
-    room.files["moekit_coefficients.json"] = json.dumps(
+    room.files[COEFFICIENTS_FILE] = json.dumps(
         {"layers": {str(layer): values for layer, values in found.items()}}, indent=2
     )
     made = {}

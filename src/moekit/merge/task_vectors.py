@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def merge_rows(
     rows = base.shape[0] if base.ndim else 1
     base, vectors = _held(base, [part.tensor for part in parts], block_rows)
     streams = [
-        _sparse_stream(settings, base, part, blocks, lambda n=number: generator(n), rule)
+        _sparse_stream(settings, base, part, blocks, partial(generator, number), rule)
         for number, (part, blocks, rule) in enumerate(
             zip(parts, vectors, thresholds or [None] * len(parts), strict=True)
         )
@@ -155,7 +156,7 @@ def _held(base: Any, tensors: Sequence[Any], block_rows: int) -> tuple[Any, list
         return base, [task_vector_blocks(base, tensor, block_rows) for tensor in tensors]
     whole = base.read() if hasattr(base, "read") else base
     vectors = [list(task_vector_blocks(whole, tensor, block_rows)()) for tensor in tensors]
-    return whole, [lambda held=held: iter(held) for held in vectors]
+    return whole, [partial(iter, held) for held in vectors]
 
 
 def _sparse_stream(
