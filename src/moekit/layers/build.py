@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from torch import nn
 
 from moekit.core.errors import UserError
 from moekit.core.registry import Method, registry
+
+from .names import one_of
 
 
 def build_router(name: str, width: int, num_experts: int, top_k: int, **options: Any) -> nn.Module:
@@ -39,10 +40,7 @@ def checked(method: Method, options: Mapping[str, Any]) -> Callable[..., Any]:
     """The code of `method`, once `options` are known to be its own and of the right type."""
     known = {option.name: option for option in method.options}
     for name, value in options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise UserError(f"{method.kind} {method.name!r} has no option {name!r}: {hint}")
+        one_of(f"option of {method.kind} {method.name!r}", name, known)
         if not _fits(value, known[name].type):
             raise UserError(
                 f"option {name} of {method.kind} {method.name!r} is {value!r}, "

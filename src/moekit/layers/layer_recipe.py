@@ -14,7 +14,6 @@ moe:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from moekit.core.errors import UserError
 
 from .moe import JOINS
+from .names import one_of
 
 _PARTS = ("router", "top_k", "experts", "shared", "rounds")
 _KEYS = (*_PARTS, "layers", "share_pool", "overrides")
@@ -105,23 +105,21 @@ def _layer(values: Mapping[str, Any], layer: int, owner: int) -> LayerRecipe:
         if part not in values:
             raise UserError(f"moe.{part} is missing")
     router = values["router"]
-    named = {"name": router} if isinstance(router, str) else dict(router)
-    if "name" not in named:
+    named = {"name": router} if isinstance(router, str) else router
+    if not isinstance(named, Mapping) or "name" not in named:
         raise UserError("moe.router has no name; write it as a name or as {name: ..., options}")
+    named = dict(named)
     name = named.pop("name")
     top_k = values["top_k"]
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise UserError(f"moe.top_k is {top_k!r}; expected a whole number")
     experts = values["experts"]
-    banks = [experts] if isinstance(experts, Mapping) else experts
+    banks = experts if isinstance(experts, list | tuple) else [experts]
     shared, join = values.get("shared"), "sum"
     if shared is not None:
-        shared = {"type": "swiglu", "count": 1, **shared}
+        shared = {"type": "swiglu", "count": 1, **_mapping(shared, "moe.shared")}
         join = shared.pop("join", "sum")
-        if join not in JOINS:
-            near = difflib.get_close_matches(str(join), JOINS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(JOINS)}"
-            raise UserError(f"moe.shared.join {join!r} is unknown: {hint}")
+        one_of("moe.shared.join", join, JOINS)
     return LayerRecipe(
         name,
         named,
@@ -143,12 +141,15 @@ def _rounds(value: Any) -> Rounds:
     return Rounds(**options)
 
 
-def _bank(values: Mapping[str, Any], where: str) -> BankRecipe:
-    options = dict(values)
+def _bank(values: Any, where: str) -> BankRecipe:
+    options = dict(_mapping(values, where))
     for key in ("type", "count"):
         if key not in options:
             raise UserError(f"{where} has no {key}; write it as {{type: swiglu, count: 8, ...}}")
-    return BankRecipe(options.pop("type"), options.pop("count"), options)
+    count = options.pop("count")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"{where}.count is {count!r}; it must be a whole number, 1 at least")
+    return BankRecipe(options.pop("type"), count, options)
 
 
 def _places(layers: Any, num_layers: int, where: str = "moe") -> list[int]:
@@ -158,10 +159,12 @@ def _places(layers: Any, num_layers: int, where: str = "moe") -> list[int]:
     if isinstance(layers, Mapping):
         _check_keys(layers, ("first", "every"), f"{where}.layers")
         first, every = layers.get("first", 0), layers.get("every", 1)
-        if every < 1:
-            raise UserError(f"{where}.layers.every is {every}; it must be at least 1")
-        return list(range(first, num_layers, every))
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+        if not isinstance(every, int) or every < 1:
+            raise UserError(f"{where}.layers.every is {every!r}; it must be a number, 1 at least")
+        return [layer for layer in range(num_layers) if layer >= first][::every]
+    if not isinstance(layers, list | tuple):
+        raise UserError(f"{where}.layers is {layers!r}; expected a list, or first and every")
+    wrong = [layer for layer in layers if layer not in range(num_layers)]
     if wrong:
         raise UserError(
             f"{where}.layers names {wrong}, but the model has layers 0 to {num_layers - 1}"
@@ -169,9 +172,12 @@ def _places(layers: Any, num_layers: int, where: str = "moe") -> list[int]:
     return sorted(set(layers))
 
 
-def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"unknown field {where}.{key}: {hint}")
+def _check_keys(values: Any, known: tuple[str, ...], where: str) -> None:
+    for key in _mapping(values, where):
+        one_of(f"in {where} the field", key, known)
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; expected fields with values")
+    return value

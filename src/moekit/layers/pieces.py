@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import dataclass
 
 from torch import nn
 
 from moekit.core.errors import UserError
+
+from .names import one_of
 
 # The family of the modules, the prefix of their class names, the fields that a config must set.
 _FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -34,10 +35,7 @@ class Pieces:
 def pieces(config) -> Pieces:
     """The classes that `config.attention` names; UserError for an unknown one or unset fields."""
     name = config.attention
-    if name not in _FAMILIES:
-        near = difflib.get_close_matches(name, _FAMILIES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(_FAMILIES)}"
-        raise UserError(f"attention {name!r} is unknown: {hint}")
+    one_of("attention", name, _FAMILIES)
     family, prefix, needed = _FAMILIES[name]
     unset = [field for field in needed if getattr(config, field) is None]
     if unset:

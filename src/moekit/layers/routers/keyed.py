@@ -16,13 +16,13 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PipelineRouter
 from ..routing import Routing
 from ..score import MLPScore
 from ..select import TopK
 from ..squash import softmax
 from ..weigh import WEIGHTS
-from .pipeline import one_of
 from .sampling import SampledTopK
 
 

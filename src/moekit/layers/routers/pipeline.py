@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..edits import ORDERS, Capacity, SecondThinning
+from ..names import one_of
 from ..router import PipelineRouter
 from ..score import CosineScore, LinearScore, MLPScore
 from ..select import ExpertChoice, GroupQuota, TopK, TopP
@@ -129,14 +129,6 @@ def pipeline_router(
         weigh=WEIGHTS[weights](scale),
         edits=edits,
     )
-
-
-def one_of(what: str, value: str, known: Any) -> None:
-    """UserError with the nearest match unless `value` is among `known`."""
-    if value not in known:
-        near = difflib.get_close_matches(value, list(known), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(known)}"
-        raise UserError(f"{what} {value!r} is unknown: {hint}")
 
 
 def check_groups(num_experts: int, top_k: int, groups: int, keep: int, *, quota: bool) -> None:

@@ -20,13 +20,13 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import Choice, PipelineRouter
 from ..routing import Routing
 from ..select import ExpertChoice, TopK
 from ..squash import identity, softmax
 from ..terms import NEVER
 from ..weigh import RawWeights
-from .pipeline import one_of
 
 COSINES = "prototype_cosines"
 FILLED = "prototype_filled"

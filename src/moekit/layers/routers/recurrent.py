@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PipelineRouter
 from ..select import TopK
 from ..squash import softmax
 from ..weigh import RenormalisedWeights
-from .pipeline import one_of
 
 STATE = "rmoe"
 RECURRENCES = ("full", "detached", "none")

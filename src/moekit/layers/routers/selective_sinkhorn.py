@@ -13,12 +13,12 @@ from moekit.core.registry import register
 from moekit.ops.sinkhorn import sinkhorn
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PipelineRouter
 from ..score import LinearScore
 from ..select import TopK
 from ..squash import softmax
 from ..weigh import RenormalisedWeights
-from .pipeline import one_of
 
 # Of the columns' sums, relative.
 TOLERANCE = 1e-5

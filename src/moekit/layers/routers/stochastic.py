@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moekit.core.registry import register, register_preset
 
 from ..context import RouterContext
+from ..names import one_of
 from ..routing import Routing
-from .pipeline import one_of
 
 UNITS = ("batch", "sequence", "token", "all")
 

@@ -14,11 +14,12 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PartList
 from ..routing import Routing
 from ..select import ragged_choice
 from ..weigh import WEIGHTS
-from .pipeline import one_of, pipeline_router
+from .pipeline import pipeline_router
 
 ROUNDINGS = ("up", "down", "nearest")
 

@@ -18,12 +18,12 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import Choice, PipelineRouter
 from ..score import LinearScore
 from ..select import TopK, ragged_choice
 from ..squash import softmax
 from ..weigh import RawWeights
-from .pipeline import one_of
 from .units import SegmentUnits
 
 NORMALISED = ("none", "batch")

@@ -20,12 +20,12 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register, register_preset, registry
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import Choice, PipelineRouter
 from ..score import LinearScore
 from ..select import TopK
 from ..squash import softmax
 from ..weigh import WEIGHTS
-from .pipeline import one_of
 
 KEYS = ("flatten", "mean")
 DELAYS = (0, 1)
