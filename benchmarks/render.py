@@ -21,6 +21,7 @@ from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize
+from render_routers import router_table
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
 from tables import machine, table
 
@@ -347,6 +348,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge_speed_large": merge_speed,
     "compress_auto": compress_auto,
     "compress_peers": compress_peers,
+    "router_table": router_table,
 }
 
 

@@ -1,0 +1,93 @@
+"""The section of docs/results.md on routers and balance rules trained beside each other."""
+
+from statistics import mean, stdev
+from typing import Any
+
+from router_cases import CLAIMS
+from tables import machine, table
+
+
+def router_table(record: dict[str, Any]) -> str:
+    found, options = record["metrics"], record["options"]
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in found["rows"]:
+        by_name.setdefault(row["name"], {})[row["seed"]] = row
+    tokens = options["steps"] * options["windows"] * options["length"]
+    seeds = sorted({row["seed"] for row in found["rows"]})
+    model = found["model"]
+    lines = [
+        _line(name, runs) for name, runs in sorted(by_name.items(), key=lambda item: _loss(item[1]))
+    ]
+    verdicts = [
+        _verdict(text, paper, by_name[worse], by_name[better])
+        for text, paper, worse, better in CLAIMS
+        if worse in by_name and better in by_name
+    ]
+    return "\n\n".join(
+        [
+            "## Routers and balance rules, trained",
+            f"`benchmarks/router_table.py`. {model['num_hidden_layers']} layers of width "
+            f"{model['hidden_size']}, 16 SwiGLU experts of 48 neurons, two of them for a token, as "
+            "many as the dense twin has, unless the name says otherwise; a vocabulary of "
+            f"{options['vocab']:,}, {tokens:,} tokens of 15 domains in {options['steps']} steps, "
+            f"{len(seeds)} seeds"
+            + ("" if found["complete"] else ", as far as the runs have come")
+            + "; a seed fixes the windows and their order for all rows. Held-out loss in nats a "
+            "token, mean and standard deviation over the seeds; imbalance: largest load over the "
+            "mean, over layers and the last 50 steps; work: what the experts of a token compute, "
+            "in such experts; time: processor time of a step on one thread of a machine that did "
+            "other things, so it only tells large differences. Rows in italics route by later "
+            "tokens, so their loss is no likelihood. " + machine(record),
+            table(["", "loss", "imbalance", "dead", "work", "parameters", "ms a step"], lines),
+            "What papers claim: difference of the loss between the worse and the better side, "
+            "seed by seed. Reproduced or refuted where the mean is beyond two standard errors of "
+            "the differences, otherwise within noise. A million tokens and 16 experts are less "
+            "than any of the papers use.",
+            table(["claim", "verdict", "mean difference", "by seed"], verdicts),
+        ]
+    )
+
+
+def _loss(runs: dict[int, dict[str, Any]]) -> float:
+    return mean(run["loss"] for run in runs.values())
+
+
+def _line(name: str, runs: dict[int, dict[str, Any]]) -> list[str]:
+    rows = list(runs.values())
+    losses = [row["loss"] for row in rows]
+    spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+
+    def average(key: str, form: str) -> str:
+        values = [row[key] for row in rows if key in row]
+        return format(mean(values), form) if values else ""
+
+    return [
+        name if rows[0]["causal"] else f"*{name}*",
+        f"{mean(losses):.3f}{spread}",
+        average("imbalance", ".2f"),
+        average("dead", ".1f"),
+        average("experts_a_token", ".2f"),
+        average("parameters", ",.0f"),
+        average("cpu_ms_per_step", ".0f"),
+    ]
+
+
+def _verdict(
+    text: str, paper: str, worse: dict[int, dict[str, Any]], better: dict[int, dict[str, Any]]
+) -> list[str]:
+    both = sorted(worse.keys() & better.keys())
+    gains = [worse[seed]["loss"] - better[seed]["loss"] for seed in both]
+    verdict, error = "one seed only", None
+    if len(gains) > 1:
+        error = stdev(gains) / len(gains) ** 0.5
+        certain = abs(mean(gains)) > 2 * error
+        verdict = ("reproduced" if mean(gains) > 0 else "refuted") if certain else "within noise"
+    if not all(run["causal"] for run in better.values()):
+        verdict += ", but not causal"
+    spread = "" if error is None else f" ({error:.4f})"
+    return [
+        f"{text} ({paper})",
+        f"**{verdict}**",
+        f"{mean(gains):+.4f}{spread}" if gains else "",
+        ", ".join(f"{gain:+.4f}" for gain in gains),
+    ]
