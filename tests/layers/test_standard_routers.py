@@ -8,6 +8,7 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.layers import ExpertPool, MoELayer, SharedExpert, build_bank, build_router
+from moekit.layers.select import taken_units
 from moekit.layers.terms import ExpertBias
 from tests.layers.examples import EXPERTS, WIDTH, context, hidden, router
 from tests.layers.test_contract import weights_by_token
@@ -173,6 +174,25 @@ def test_jitter_is_a_matter_of_training():
 def test_every_expert_takes_the_same_number_of_tokens(within):
     routing = router("expert-choice", within=within)(hidden(2, 8), context(2, 8))
     assert torch.equal(routing.counts(), torch.full((EXPERTS,), 2 * 16 / EXPERTS))
+
+
+@pytest.mark.parametrize("cap", [None, 3, 2])
+def test_a_cap_on_the_experts_of_a_token(cap):
+    torch.manual_seed(0)
+    module = build_router("expert-choice", WIDTH, EXPERTS, 2, cap=cap)
+    with torch.no_grad():
+        module.score.weight.normal_(std=0.5)
+    routing = module(hidden(4, 16) + 0.5, context(4, 16))
+    assert torch.equal(routing.counts(), torch.full((EXPERTS,), 16.0))
+    most = int(torch.bincount(routing.token).max())
+    assert most == cap if cap is not None else most > 3
+
+
+def test_who_is_refused_takes_the_next_best():
+    # Both experts like unit 0 best; expert 1 more so. Expert 0 goes on to unit 2.
+    scores = torch.tensor([[[0.8, 0.9], [0.1, 0.3], [0.5, 0.2]]])
+    assert taken_units(scores, take=1)[0].nonzero().tolist() == [[0, 0], [0, 1]]
+    assert taken_units(scores, take=1, cap=1)[0].nonzero().tolist() == [[0, 1], [2, 0]]
 
 
 def test_experts_never_take_padding():

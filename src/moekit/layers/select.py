@@ -76,13 +76,15 @@ class ExpertChoice:
     """Every expert takes the units it likes best, `per_unit` experts a unit on average.
 
     Expert Choice, arXiv 2202.09368. Each expert takes U * `per_unit` / E units of the whole batch,
-    or of every sequence with `within` "sequence". Padding is never taken.
+    or of every sequence with `within` "sequence". Padding is never taken. With a `cap` no unit is
+    taken by more than so many experts; the paper rounds a linear programme, here experts who are
+    refused take their next best, which holds the bound exactly.
     """
 
     causal = False
 
-    def __init__(self, per_unit: float, *, within: str = "batch") -> None:
-        self.per_unit = per_unit
+    def __init__(self, per_unit: float, *, within: str = "batch", cap: int | None = None) -> None:
+        self.per_unit, self.cap = per_unit, cap
         self.sees_batch = within == "batch"
 
     def __call__(self, selection: Tensor, context: RouterContext) -> Choice:
@@ -94,7 +96,27 @@ class ExpertChoice:
         columns = selection.view(pools, units // pools, experts)
         size = columns.shape[1]
         take = min(size, max(1, int(size * self.per_unit / experts)))
-        best, rows = columns.topk(take, dim=1)
-        chosen = torch.zeros_like(columns, dtype=torch.bool)
-        chosen.scatter_(1, rows, best > NEVER)
+        chosen = taken_units(columns.detach(), take, self.cap)
         return ragged_choice(chosen.view(units, experts), selection)
+
+
+@torch.no_grad()
+def taken_units(scores: Tensor, take: int, cap: int | None = None) -> Tensor:
+    """Which units each expert takes: a mask [P, U, E] for `scores` [P, U, E] of P pools.
+
+    Each expert gets the `take` best of its column. With a `cap` a unit that is wanted by more
+    experts keeps those that score it highest, and the others turn to their next best units until
+    nobody is refused (deferred acceptance). Scores of minus infinity are never taken.
+    """
+    scores = scores.clone()
+    while True:
+        best, rows = scores.topk(take, dim=1)
+        wanted = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, rows, best > NEVER)
+        if cap is None or cap >= scores.shape[2]:
+            return wanted
+        offers = scores.masked_fill(~wanted, NEVER)
+        kept = torch.zeros_like(wanted).scatter_(2, offers.topk(cap, dim=2).indices, True)
+        refused = wanted & ~kept
+        if not refused.any():
+            return wanted
+        scores[refused] = NEVER

@@ -37,6 +37,7 @@ SELECTIONS = ("top-k", "top-p", "group-quota", "expert-choice")
         "select": f"rule of selection: {', '.join(SELECTIONS)}",
         "threshold": "sum of scores at which top-p stops",
         "within": "tokens that expert choice compares: batch or sequence",
+        "cap": "with expert choice, the most experts of one token; None: any number",
         "groups": "equal groups of experts",
         "keep_groups": "groups that a token may choose in",
         "group_score": "a group is as good as its best expert (max) or its best two (top2)",
@@ -63,6 +64,7 @@ def pipeline_router(
     select: str = "top-k",
     threshold: float = 0.4,
     within: str = "batch",
+    cap: int | None = None,
     groups: int = 1,
     keep_groups: int = 1,
     group_score: str = "max",
@@ -100,6 +102,8 @@ def pipeline_router(
     for what, number in (("capacity", capacity), ("eval_capacity", eval_capacity)):
         if number is not None and number <= 0:
             raise UserError(f"{what} {number} leaves no place; leave it out for a dropless layer")
+    if cap is not None and cap < top_k:
+        raise UserError(f"cap {cap} is below top_k {top_k}, the average that experts take")
     check_groups(num_experts, top_k, groups, keep_groups, quota=select == "group-quota")
     scorers: dict[str, Any] = {
         "linear": functools.partial(LinearScore, jitter=jitter),
@@ -115,7 +119,7 @@ def pipeline_router(
         "top-k": lambda: TopK(top_k),
         "top-p": lambda: TopP(threshold, top_k),
         "group-quota": lambda: GroupQuota(top_k, groups),
-        "expert-choice": lambda: ExpertChoice(top_k, within=within),
+        "expert-choice": lambda: ExpertChoice(top_k, within=within, cap=cap),
     }
     edits: list[Any] = [SecondThinning()] if thin_second else []
     if capacity is not None or eval_capacity is not None:

@@ -112,5 +112,5 @@ preset(
     "Experts choose their tokens, the same number each; not causal",
     "Expert Choice, arXiv:2202.09368",
     {"weights": "raw", "select": "expert-choice"},
-    ("within",),
+    ("within", "cap"),
 )
