@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.cli.common import Dtype, Output, check_out, note, open_model, progress
+from moekit.cli.before_and_after import Evaluation, measured, rows
+from moekit.cli.common import Output, check_out, note
 from moekit.cli.formats import Format, FormatOptions, print_written, write_format
 from moekit.core.errors import UserError
 
 if TYPE_CHECKING:
     from moekit.core.plan import ExpertPlan
     from moekit.core.rewrite import Rewrite
-    from moekit.evaluate.quality import Quality
-    from moekit.evaluate.text import Sample
 
 
 @dataclass
@@ -35,6 +34,10 @@ class Destination:
     evaluate: tuple[str, ...] = ()
     source: Path = field(init=False)
 
+    @property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self.evaluate, self.seed, self.threads)
+
     def check(self) -> None:
         """Refuse what cannot be written, before any work; resolves the model to `source`."""
         if (self.out is None) == (self.plan_only is None):
@@ -50,9 +53,7 @@ class Destination:
         reader = importlib.util.find_spec("compressed_tensors")
         if self.evaluate and self.formats.to is Format.compressed_tensors and reader is None:
             raise UserError("--eval of this format needs pip install compressed-tensors")
-        for text in self.evaluate:
-            if not Path(text).exists():
-                raise UserError(f"--eval {text}: no such file or directory")
+        self.evaluation.check()
         from moekit.core.load import find_model
 
         self.source = find_model(self.model)
@@ -80,8 +81,8 @@ def finish(
         printed.result({"plan": str(to.plan_only), "numbers": numbers, "data": dict(data)})
         return
     assert to.out is not None
-    samples = _samples(to)
-    before = None if not samples else _quality(to.model, to, samples)
+    samples = [] if to.formats.dry_run else to.evaluation.samples()
+    before = None if not samples else to.evaluation.quality(to.model, samples)
     result = write_format(to.source, to.out, to.formats, plan, rewrite)
     if to.formats.dry_run:
         printed.line(plan.table())
@@ -89,10 +90,10 @@ def finish(
     found: dict[str, Any] = {}
     if not to.formats.dry_run:
         if before is not None:
-            after = _quality(str(to.out), to, samples)
-            found = {"quality_before": before.to_dict(), "quality": after.to_dict()}
-            numbers |= _rows(before, after)
-            for name, value in _rows(before, after).items():
+            after = to.evaluation.quality(str(to.out), samples)
+            found = measured(before, after)
+            numbers |= rows(before, after)
+            for name, value in rows(before, after).items():
                 printed.line(f"{name}: {value}")
         _complete(to, plan, result, dict(data), numbers, found)
     printed.result(
@@ -104,32 +105,6 @@ def finish(
             **found,
         }
     )
-
-
-def _samples(to: Destination) -> list[Sample]:
-    if not to.evaluate or to.formats.dry_run:
-        return []
-    from moekit.evaluate.text import read_texts
-
-    return read_texts(to.evaluate)
-
-
-def _quality(model: str, to: Destination, samples: list[Sample]) -> Quality:
-    from moekit.evaluate.quality import measure_quality
-
-    loaded = open_model(model, Dtype.auto, to.seed, to.threads)
-    with progress("eval", "windows") as advance:
-        return measure_quality(loaded.model, loaded.tokenizer, samples, progress=advance)
-
-
-def _rows(before: Quality, after: Quality) -> dict[str, str]:
-    rows = {
-        f"bits per byte, {name}": f"{value:.4f} before, {after.bits_per_byte[name]:.4f} after"
-        for name, value in before.bits_per_byte.items()
-    }
-    if len(rows) > 1:
-        rows["bits per byte, mean"] = f"{before.mean:.4f} before, {after.mean:.4f} after"
-    return rows
 
 
 def _complete(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from moekit.cli.before_and_after import Evaluation, complete, measured, rows
 from moekit.cli.common import JsonOption, SeedOption, ThreadsOption, note, output, progress
-from moekit.cli.compress_options import SeqLenOption
+from moekit.cli.compress_options import EvalOption, SeqLenOption
 from moekit.core.errors import UserError
 from moekit.core.memory import bytes_of, format_bytes
 
@@ -58,6 +59,16 @@ def merge(
         typer.Option(min=1, help="Read so many tokens of it for each model; 65536 by default."),
     ] = None,
     seq_len: SeqLenOption = None,
+    evaluate: EvalOption = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            "--eval-before",
+            metavar="MODEL",
+            help="The model that --eval measures before; the base or first of the recipe.",
+            show_default=False,
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -80,6 +91,11 @@ def merge(
         set_up(seed, threads)
         from moekit.merge.run import run_recipe
 
+        evaluation = Evaluation(() if dry_run else tuple(evaluate or ()), seed, threads)
+        evaluation.check()
+        samples = evaluation.samples()
+        source = before or recipes[0].reference
+        quality = evaluation.quality(source, samples) if samples else None
         with progress("merge", "B") as update, _parts() as told:
             result = run_recipe(
                 recipes,
@@ -103,6 +119,15 @@ def merge(
         )
         if not dry_run:
             printed.line(f"{out}: {result.seconds:.1f} s")
+        found: dict[str, Any] = {}
+        if quality is not None:
+            after = evaluation.quality(str(out), samples)
+            found, lines = measured(quality, after), rows(quality, after)
+            printed.table(list(lines.items()))
+            # Tables go by method and file: the recipe itself lies beside the model.
+            names = [one.method or "several methods" for one in recipes]
+            told_of = {"method": " then ".join(names), "file": recipe.stem, "model": source}
+            complete(out, found, lines, told_of)
         printed.result(
             {
                 "out": str(out),
@@ -113,6 +138,7 @@ def merge(
                 "source_bytes": result.source_bytes,
                 "resumed_bytes": result.resumed_bytes,
                 "seconds": result.seconds,
+                **found,
             }
         )
 

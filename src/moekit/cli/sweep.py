@@ -25,13 +25,17 @@ from moekit.core.errors import UserError
 if TYPE_CHECKING:
     from moekit.evaluate.sweep_recipe import CalibrateRecipe, SweepRecipe, SweepRun
 
-# Verbs that take MODEL OUT and know --seed, --stats and --eval.
+# Verbs that take MODEL OUT and know --seed, --stats and --eval; merge takes a recipe for MODEL.
+MERGE = "merge"
 VERBS = (
     "compress prune",
     "compress condense",
     "compress quantize",
     "compress factorize",
+    "upcycle",
+    MERGE,
 )
+RECIPE = "recipe"
 RECIPE_FILE = "sweep.json"
 TABLE_FILE = "comparison.json"
 PAGE_FILE = "comparison.html"
@@ -65,7 +69,8 @@ def sweep(
         from moekit.evaluate.sweep_recipe import load_sweep
 
         plan = load_sweep(recipe, VERBS)
-        runs = [(run, one) for one in plan.seeds for run in plan.runs]
+        averages = _plain_averages(plan.runs, out)
+        runs = [(run, one) for one in plan.seeds for run in (*plan.runs, *averages)]
         left = [(run, one) for run, one in runs if not _done(_place(out, run, one))]
         told = f"{len(runs)} runs, {len(runs) - len(left)} of them done before"
         if dry_run:
@@ -75,6 +80,8 @@ def sweep(
             printed.result({"dry_run": True, "runs": len(runs), "left": names})
             return
         _claim(out, plan)
+        for run, models in averages.items():
+            write_page(Path(_recipe_of(run)), _plain_average(models))
         printed.line(told)
         refused: dict[str, str] = {}
         for number, (run, one) in enumerate(left, start=1):
@@ -134,12 +141,61 @@ def _claim(out: Path, plan: SweepRecipe) -> None:
 
 def _run(plan: SweepRecipe, run: SweepRun, seed: int, out: Path, threads: int | None) -> None:
     more = [] if threads is None else ["--threads", str(threads)]
-    stats = []
-    if plan.calibrate is not None:
-        stats = ["--stats", str(_calibrated(plan, plan.calibrate, seed, out, more))]
+    source, own = plan.model, run.arguments()
+    if run.verb == (MERGE,):
+        # Merges of different models compare by what one model was before.
+        source = _recipe_of(run)
+        own = [*run.arguments(without=RECIPE), "--eval-before", plan.model]
+    elif plan.calibrate is not None:
+        own += ["--stats", str(_calibrated(plan, plan.calibrate, seed, out, more))]
     evaluate = [word for text in _evaluated(plan, out) for word in ("--eval", text)]
-    place = [plan.model, str(_place(out, run, seed))]
-    _call([*run.verb, *place, *run.arguments(), *stats, *evaluate, "--seed", str(seed), *more])
+    place = [source, str(_place(out, run, seed))]
+    _call([*run.verb, *place, *own, *evaluate, "--seed", str(seed), *more])
+
+
+def _recipe_of(run: SweepRun) -> str:
+    recipe = dict(run.options).get(RECIPE)
+    if recipe is None:
+        raise UserError("a merge in a sweep names its recipe: {verb: merge, recipe: FILE}")
+    return str(recipe)
+
+
+def _plain_averages(runs: tuple[SweepRun, ...], out: Path) -> dict[SweepRun, tuple[str, ...]]:
+    """A run of the plain average, with its recipe in `out`, for every set of models that a run
+    merges, and those models: no table is without.
+
+    A recipe that cannot be read is refused when its turn comes.
+    """
+    from moekit.evaluate.sweep_recipe import SweepRun
+
+    merged: dict[frozenset[str], tuple[str, ...]] = {}
+    for run in runs:
+        if run.verb == (MERGE,):
+            with contextlib.suppress(UserError):
+                models = _merged_models(Path(_recipe_of(run)))
+                merged.setdefault(frozenset(models), models)
+    return {
+        SweepRun((MERGE,), ((RECIPE, str(out / f"plain-average-{number}.yaml")),)): models
+        for number, models in enumerate(merged.values(), start=1)
+    }
+
+
+def _merged_models(recipe: Path) -> tuple[str, ...]:
+    """The models that a recipe merges beside its base, in their order."""
+    from moekit.merge.recipe import load_merge
+
+    recipes = load_merge(recipe)
+    steps = {one.name for one in recipes}
+    bases = {one.base for one in recipes}
+    named = [model for one in recipes for model in one.models if model not in steps]
+    return tuple(dict.fromkeys(model for model in named if model not in bases)) or tuple(named)
+
+
+def _plain_average(models: tuple[str, ...]) -> str:
+    import yaml
+
+    weighted = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    return yaml.safe_dump({"merge_method": "linear", "models": weighted})
 
 
 def _evaluated(plan: SweepRecipe, out: Path) -> list[str]:
@@ -204,11 +260,15 @@ def _compare(finished: list[Path], out: Path, printed: Any) -> dict[str, Any]:
     from importlib.util import find_spec
 
     from moekit.evaluate.results import compare_results, read_result
-    from moekit.report.front_page import comparison_table, front_page
+    from moekit.report.front_page import comparison_table, domain_table, front_page
 
     comparison = compare_results([read_result(place) for place in finished])
     header, rows = comparison_table(comparison)
     printed.table(rows, header)
+    if len(comparison.rows[0].domains) > 1:
+        header, rows = domain_table(comparison)
+        printed.line()
+        printed.table(rows, header)
     for line in comparison.notes:
         printed.line(line)
     write_page(out / TABLE_FILE, json.dumps(comparison.to_dict(), indent=2, default=str) + "\n")

@@ -111,7 +111,7 @@ class Comparison:
 
 
 # With a method these follow from it, its settings and the seed.
-FROM_METHOD = {"plan", "rewrite"}
+FROM_METHOD = {"plan", "recipe", "rewrite"}
 
 
 def read_result(directory: Path) -> RunResult:

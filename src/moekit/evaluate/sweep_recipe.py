@@ -9,6 +9,8 @@
     runs:
       - {verb: compress prune, method: [reap, frequency, random], ratio: [0.25, 0.5]}
       - {verb: compress quantize, method: [rtn, gptq], codec: [int4, int3]}
+      - {verb: upcycle, method: [sparse, drop], experts: 8}
+      - {verb: merge, recipe: [ties.yaml, dare.yaml]}
 
 A run is a verb and its options as on the command line. A list stands for one run of each value,
 several lists for all their combinations. The runs of one seed share their calibration: documents of
@@ -61,13 +63,17 @@ class SweepRun:
     @property
     def name(self) -> str:
         """What its directory is called; the seed comes after."""
-        parts = [*self.verb[-1:], *(f"{key}-{value}" for key, value in self.options)]
+        # Of a recipe's path its name says enough, and a path may be longer than a name can be.
+        told = {k: Path(str(v)).stem if k == "recipe" else v for k, v in self.options}
+        parts = [*self.verb[-1:], *(f"{key}-{value}" for key, value in told.items())]
         return re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(map(str, parts)))[:LONGEST_NAME].strip("-")
 
-    def arguments(self) -> list[str]:
-        """The options as on the command line."""
+    def arguments(self, without: str | None = None) -> list[str]:
+        """The options as on the command line, but for the one that `without` names."""
         found: list[str] = []
         for key, value in self.options:
+            if key == without:
+                continue
             name = f"--{key.replace('_', '-')}"
             if value is True:
                 found.append(name)

@@ -72,9 +72,7 @@ def models_to_moe(
         )
     models, entries, shared = _experts(job, with_base)
     if not 1 <= top_k <= len(models):
-        raise UserError(
-            f"top_k is {top_k}; there are {len(models)} experts: give more with --from."
-        )
+        raise UserError(f"top_k is {top_k}; there are {len(models)} experts.")
     for model in (*models, *(model for model, _ in shared)):
         _same_form(job.base, model)
     config = job.base.config
@@ -113,9 +111,7 @@ def _experts(
     if with_base:
         routed.insert(0, (job.base, Entry()))
     if len(routed) < 2:
-        raise UserError(
-            f"there are {len(routed)} experts; give the models with --from, twice at least."
-        )
+        raise UserError(f"there are {len(routed)} experts; give two models or more with --from.")
     if len(shared) > 1:
         raise UserError(f"{len(shared)} shared experts; there may be one.")
     return [model for model, _ in routed], [entry for _, entry in routed], shared
