@@ -16,7 +16,7 @@ from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
 from render_layers import layer_compute
-from render_merge import merge_speed
+from render_merge import merge_babel, merge_speed
 from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
@@ -346,6 +346,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_quantize": compress_quantize,
     "merge_speed": merge_speed,
     "merge_speed_large": merge_speed,
+    "merge_babel": merge_babel,
     "compress_auto": compress_auto,
     "compress_peers": compress_peers,
     "router_table": router_table,

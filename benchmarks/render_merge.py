@@ -51,3 +51,55 @@ def merge_speed(record: dict[str, Any]) -> str:
             f"All seconds: {times}.",
         ]
     )
+
+
+def merge_babel(record: dict[str, Any]) -> str:
+    found, options = record["metrics"], record["options"]
+    domains = [name for name in found["base"] if name != "others"]
+    columns = [*domains, "others"]
+    by_method: dict[str, list[dict[str, float]]] = {}
+    for row in found["merged"]:
+        by_method.setdefault(row["method"], []).append(row["by_domain"])
+    seconds = {row["method"]: row["seconds"] for row in found["merged"]}
+    own = {
+        domain: [r["by_domain"][domain] for r in found["tuned"] if r["domain"] == domain]
+        for domain in domains
+    }
+    rows = [
+        ["babel", _mean([found["base"]], domains), *(f"{found['base'][c]:.3f}" for c in columns)],
+        [
+            "each fine-tune on its own",
+            f"{sum(_average(values) for values in own.values()) / len(own):.4f}",
+            *(f"{_average(own[domain]):.3f}" for domain in domains),
+            "",
+        ],
+    ]
+    order = sorted(by_method, key=lambda name: float(_mean(by_method[name], domains)))
+    for name in order:
+        seeds = by_method[name]
+        spread = [sum(one[d] for d in domains) / len(domains) for one in seeds]
+        shown = f"**{_mean(seeds, domains)}** ({min(spread):.4f} to {max(spread):.4f})"
+        cells = [f"{_average([one[column] for one in seeds]):.3f}" for column in columns]
+        rows.append([f"{name}, {seconds[name]:.0f} s", shown, *cells])
+    seeds_run = {row["seed"] for row in found["merged"]}
+    return "\n\n".join(
+        [
+            "## Fine-tunes of babel, merged",
+            f"`benchmarks/merge_babel.py`. babel fine-tuned on {len(domains)} domains "
+            f"({options['steps']} steps of {options['batch']} sequences of {options['context']} "
+            "tokens each), and the four merged by every method with its defaults or as named. Bits "
+            f"per byte on the leading {options['bytes']:,} bytes of each domain of `valid`: mean "
+            f"over the four (range over {len(seeds_run)} seeds), each of them, and the mean of all "
+            f"other domains. Methods that learn read {options['calibration']:,} tokens of "
+            f"each domain of `train`. " + machine(record),
+            table(["merge", "mean", *columns], rows),
+        ]
+    )
+
+
+def _average(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean(seeds: list[dict[str, float]], domains: list[str]) -> str:
+    return f"{_average([one[domain] for one in seeds for domain in domains]):.4f}"
