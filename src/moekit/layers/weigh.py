@@ -11,6 +11,14 @@ from .context import RouterContext
 from .router import Choice
 
 
+def chosen_scores(scores: Tensor, choice: Choice) -> Tensor:
+    """The score of every chosen pair [N]."""
+    if choice.top_k is None:
+        return scores[choice.unit, choice.expert]
+    # Its backward is a scatter along rows, that of two indices one over the whole matrix.
+    return scores.gather(1, choice.expert.view(-1, choice.top_k)).reshape(-1)
+
+
 class RawWeights:
     """The scores of the chosen experts as they are, times `scale`."""
 
@@ -18,7 +26,7 @@ class RawWeights:
         self.scale = scale
 
     def __call__(self, scores: Tensor, choice: Choice, context: RouterContext) -> Tensor:
-        return scores[choice.unit, choice.expert] * self.scale
+        return chosen_scores(scores, choice) * self.scale
 
 
 class RenormalisedWeights:
@@ -31,7 +39,7 @@ class RenormalisedWeights:
         self.scale = scale
 
     def __call__(self, scores: Tensor, choice: Choice, context: RouterContext) -> Tensor:
-        raw = scores[choice.unit, choice.expert]
+        raw = chosen_scores(scores, choice)
         if choice.top_k is not None:
             rows = raw.view(-1, choice.top_k)
             # Sigmoid scores may all be tiny; DeepSeek-V3 guards the sum in the same way.
