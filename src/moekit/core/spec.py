@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moekit.core.architecture import meta_model, read_config
+from moekit.core.architecture import OWN_TYPES, meta_model, read_config
 from moekit.core.errors import UserError
 from moekit.core.find import MoESite, find_moe
 from moekit.core.layer_spec import LayerSpec, describe_layer, expert_tensors
@@ -105,6 +105,11 @@ def spec_of(model: PreTrainedModel, config: PretrainedConfig | None = None) -> M
     """Describe a built model, on any device; `config` defaults to the model's own."""
     config = model.config if config is None else config
     sites = find_moe(model)
+    if not sites and config.model_type in OWN_TYPES:
+        raise UserError(
+            f"{config.model_type!r} has no bank of experts to look into: `moekit eval` measures it "
+            "and `moekit.load_language_model` loads it."
+        )
     if not sites:
         raise UserError(
             f"{config.model_type!r} ({type(model).__name__}) has no MoE layers: no module of it "

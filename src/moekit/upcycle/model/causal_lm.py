@@ -65,6 +65,10 @@ class UpcycledForCausalLM(PreTrainedModel, GenerationMixin):
                 f"config.json: part.kind is {kind!r}, not one of {', '.join(sorted(PARTS))}"
             )
         text: Any = config.text_config
+        bank: Any = config.experts_config
+        if bank is not None:
+            # transformers chooses how experts are computed for a model's own config alone.
+            bank._experts_implementation = config._experts_implementation
         self.base = architecture_of(text)(text)
         self.part = PARTS[kind](self.base, config)
         self.post_init()
