@@ -45,3 +45,10 @@ def test_ban_each_expert(tiny, texts):
     costs = run("ban_each_expert", tiny, texts / "a.txt")
     assert len(costs) == 4
     assert all(cost != 0 for cost in costs)
+
+
+def test_compare_routers():
+    results = run("compare_routers", "softmax-raw", "loss-free", 12)
+    # A uniform guess among 64 tokens costs 4.16 nats.
+    assert all(loss < 4.2 for loss, _ in results.values())
+    assert all(1 <= imbalance <= 4 for _, imbalance in results.values())
