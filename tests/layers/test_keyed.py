@@ -103,6 +103,8 @@ def test_a_table_refuses_unknown_keys_and_routers_of_tokens():
         table(random(4, D), RouterContext(1, 4, token_type=torch.arange(4)))
     with pytest.raises(UserError, match="token_type"):
         table(random(4, D), RouterContext(1, 4))
+    with pytest.raises(UserError, match="TernaryExperts do not fuse"):
+        table.fuse(build_bank("ternary", D, E, expert_width=8), 0)
     with pytest.raises(UserError, match="key by key"):
         precompute(build_router("expert-choice", D, E, K), random(3, D))
 

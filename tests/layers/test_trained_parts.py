@@ -148,3 +148,17 @@ def test_draws_of_attention_and_feed_forward_modules_differ():
     attention = RouterContext(2, 10, step=4, round=-1)
     draws = [torch.rand(8, generator=c.generator("sampled experts")) for c in (context, attention)]
     assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name", ["moduleformer", "monet horizontal"])
+def test_recomputed_activations_give_the_same_gradients(name):
+    # Draws of attention modules, and a decision that a later layer reuses.
+    model = build(name).train()
+    grads = []
+    for recompute in (False, True):
+        if recompute:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(IDS, labels=IDS, router_context=RouterContext(1, 1, step=3)).loss.backward()
+        grads.append([param.grad.clone() for param in model.parameters() if param.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

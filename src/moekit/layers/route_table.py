@@ -85,7 +85,10 @@ class RouteTable(nn.Module):
         """The experts of `bank` that key number `key` chose as one dense FFN, exactly.
 
         Up-projections are stacked, down-projections stand side by side with the weights in them.
+        Raises UserError for experts of another type.
         """
+        if type(bank) is not SwiGLUExperts:
+            raise UserError(f"experts of type {type(bank).__name__} do not fuse; swiglu ones do")
         own = self.routing.token == key
         expert, weight = self.routing.expert[own], self.routing.weight[own]
         gate, up = bank.gate_up_proj[expert].chunk(2, 1)

@@ -66,6 +66,11 @@ class LocalSearch(nn.Module):
     def sees_batch(self) -> bool:
         return self.router.sees_batch
 
+    @property
+    def select(self) -> Any:
+        """The rule of selection of the router inside, of which others read the experts a token."""
+        return getattr(self.router, "select", None)
+
     def soft_permutation(self, step: int) -> Tensor:
         """P [E, E] at `step` of the search: slots in rows, experts in columns."""
         progress = min(1.0, step / max(1, self.steps))

@@ -16,11 +16,11 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PipelineRouter
 from ..score import CosineScore, LinearScore, MLPScore
 from ..squash import softmax
 from ..weigh import RawWeights
-from .pipeline import one_of
 from .sampling import SampledTopK
 
 SCORES = ("mlp", "linear", "cosine")
@@ -77,8 +77,10 @@ def module_router(
     scorer: nn.Module
     if score == "mlp":
         scorer = DroppedMLPScore(width, num_experts, score_width, dropout)
+    elif score == "cosine":
+        scorer = CosineScore(width, num_experts)
     else:
-        scorer = {"linear": LinearScore, "cosine": CosineScore}[score](width, num_experts)
+        scorer = LinearScore(width, num_experts)
     return PipelineRouter(
         num_experts,
         score=scorer,

@@ -49,7 +49,7 @@ class HeadNorm(nn.Module):
     """Logits [T, H, n] as standard scores, with mean and variance by head.
 
     Of the batch in training, without padding, pooled over tokens and half-experts; running ones
-    otherwise.
+    otherwise, which a step that recomputes its activations moves twice.
     """
 
     mean: Tensor
@@ -90,8 +90,6 @@ class ProductKeyRouter(nn.Module):
     every head or, with `explicit`, all of them. `weight` [H, n1 + n2, D].
     """
 
-    sees_batch = False
-
     def __init__(
         self, width: int, sizes: tuple[int, int], kept: int, heads: int, explicit: bool
     ) -> None:
@@ -109,6 +107,10 @@ class ProductKeyRouter(nn.Module):
     def causal(self) -> bool:
         # Statistics of the batch read every token; running ones do not.
         return not self.training
+
+    @property
+    def sees_batch(self) -> bool:
+        return self.training
 
     @property
     def decodes(self) -> bool:

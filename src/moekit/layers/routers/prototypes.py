@@ -70,6 +70,7 @@ class AmongFirst:
 
     def __init__(self, select: Callable[[Tensor, RouterContext], Choice], count: int) -> None:
         self.select, self.count = select, count
+        self.top_k = getattr(select, "top_k", None)
         self.causal = getattr(select, "causal", True)
         self.sees_batch = getattr(select, "sees_batch", False)
 

@@ -60,6 +60,7 @@ class BestPositions:
 
     def __init__(self, kept: KeptScores, fraction: float) -> None:
         self.kept, self.fraction = kept, fraction
+        self.top_k = kept.top_k
         self.sees_batch = kept.normalised == "batch"
 
     def __call__(self, selection: Tensor, context: RouterContext) -> Choice:
