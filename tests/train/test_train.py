@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moekit.core.trace import RoutingTrace
-from moekit.layers import Routing
-from moekit.train.balance import balance_loss, move_bias
 from moekit.train.metrics import router_metrics
 from moekit.train.recipe import load_recipe
 
@@ -209,24 +207,6 @@ def test_a_damaged_checkpoint_is_refused(recipe, texts, tmp_path, moekit) -> Non
     done = moekit("train", path, "--data", texts, "--out", tmp_path / "out", *ON_CPU)
     assert done.code == 2, done.err
     assert "cannot be read" in done.err
-
-
-def test_a_bias_balanced_family_moves_its_bias() -> None:
-    bias = torch.zeros(4)
-    move_bias([bias], [torch.tensor([10.0, 2.0, 6.0, 6.0])], 0.5)
-    assert bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
-
-
-def test_balance_loss_is_one_at_balance_and_e_at_collapse() -> None:
-    def routing(ids: torch.Tensor, logits: torch.Tensor) -> Routing:
-        return Routing.from_topk(ids, torch.ones(ids.shape), 8, logits=logits)
-
-    even = torch.arange(8).view(4, 2)
-    assert balance_loss(routing(even, torch.zeros(4, 8))) == pytest.approx(1.0)
-    collapsed = torch.full((4, 8), -1e4)
-    collapsed[:, 0] = 0
-    one = torch.zeros(4, 1, dtype=torch.long)
-    assert balance_loss(routing(one, collapsed)) == pytest.approx(8.0)
 
 
 def test_router_metrics_of_a_known_load() -> None:

@@ -11,7 +11,6 @@ import typer
 
 from moekit.cli.common import (
     JsonOption,
-    OutOption,
     ThreadsOption,
     check_out,
     output,
@@ -23,13 +22,16 @@ from moekit.core.errors import UserError
 
 def train(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)
-    ],
+        Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)
+    ] = None,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="Folder of JSONL files; a file's name up to its dot is its domain."),
-    ],
-    out: OutOption,
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory of the result, or the file of a planned recipe."),
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a field of the recipe."),
@@ -43,6 +45,21 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Forecast parameters, FLOPs, bytes and seconds.")
     ] = False,
+    plan_for: Annotated[
+        float | None,
+        typer.Option(
+            "--plan-for",
+            metavar="FLOPS",
+            help="Train nothing: propose models for this training compute, such as 1e19.",
+        ),
+    ] = None,
+    aim: Annotated[
+        str, typer.Option(help="With --plan-for: write to --out the design for loss or reasoning.")
+    ] = "loss",
+    memory: Annotated[
+        float | None,
+        typer.Option(help="With --plan-for: gigabytes that parameters and optimiser may take."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; a GPU is taken where there is one.")
     ] = None,
@@ -55,6 +72,16 @@ def train(
     command resumes an interrupted run exactly where it was. On several processes:
     torchrun --nproc-per-node 2 -m moekit train RECIPE --data DIR --out OUT
     """
+    if plan_for is not None:
+        with output(as_json) as result:
+            _plan(result, plan_for, aim, memory, out)
+        return
+    for name, value in (("RECIPE", recipe), ("--data", data), ("--out", out)):
+        if value is None:
+            raise UserError(f"{name} is missing: moekit train RECIPE --data DIR --out OUT")
+    assert recipe is not None
+    assert data is not None
+    assert out is not None
     from moekit.train.recipe import load_recipe
 
     changes = list(override or [])
@@ -70,11 +97,60 @@ def train(
             result.table(plan.rows())
             result.result(plan.to_dict())
             return
-        value = _train(settings, data, out, restart, device)
-        if value is not None:
-            result.line(f"{out}: mean bits per byte {value['valid']['mean']:.4f} on valid")
-            result.table(list(value["valid"]["by_domain"].items()), ("domain", "bits per byte"))
-        result.result(value or {})
+        trained = _train(settings, data, out, restart, device)
+        if trained is not None:
+            result.line(f"{out}: mean bits per byte {trained['valid']['mean']:.4f} on valid")
+            result.table(list(trained["valid"]["by_domain"].items()), ("domain", "bits per byte"))
+        result.result(trained or {})
+
+
+def _plan(result: Any, flops: float, aim: str, memory: float | None, out: Path | None) -> None:
+    """Show the designs for `flops`, and write the recipe of the one to `aim` at."""
+    import yaml
+
+    from moekit.train.design import plan_for, recipe_of
+
+    if aim not in ("loss", "reasoning"):
+        raise UserError(f"--aim {aim}: it is loss or reasoning.")
+    plan = plan_for(flops, max_bytes=None if memory is None else memory * 1e9)
+    bought = plan.allocation
+    result.line(
+        f"{flops:.3g} FLOPs: {bought.tokens:.3g} tokens of {bought.flops_per_token:.3g} FLOPs, "
+        f"rate {bought.learning_rate:.2g}, {bought.batch_tokens:.3g} tokens a batch"
+    )
+    marks = {plan.for_loss: "loss", plan.for_reasoning: "reasoning"}
+    if plan.for_loss == plan.for_reasoning:
+        marks = {plan.for_loss: "both"}
+    rows = [
+        (
+            f"{design.activation:.2%}",
+            f"{design.leverage:.2f}",
+            f"{design.num_experts} of {design.expert_width}, top-{design.top_k}, "
+            f"{design.shared} shared",
+            f"{design.layers} x {design.width}",
+            f"{design.parameters / 1e6:,.0f}M",
+            f"{design.active_parameters / 1e6:,.0f}M",
+            f"{design.tokens_per_parameter:.1f}",
+            f"{design.training_bytes / 1e9:.1f} GB",
+            marks.get(place, ""),
+        )
+        for place, design in enumerate(plan.designs)
+    ]
+    header = ("active", "leverage", "experts", "layers", "parameters", "active parameters")
+    result.table(rows, (*header, "tokens / parameter", "training state", "best for"))
+    for warning in plan.warnings:
+        result.line(f"note: {warning}")
+    written = None
+    if out is not None:
+        check_out(out)
+        place = plan.for_loss if aim == "loss" else plan.for_reasoning
+        recipe = recipe_of(plan, place, f"{flops:.0e} FLOPs for {aim}")
+        out.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        result.line(
+            f"{out}: recipe of the design for {aim}; moekit train {out} --data DIR --out OUT"
+        )
+        written = str(out)
+    result.result({**plan.to_dict(), "recipe": written})
 
 
 def _train(

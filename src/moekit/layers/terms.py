@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from .balance.bias import move_bias
 from .context import RouterContext
 
 NEVER = float("-inf")
-
-# How a bias moves for pairs a expert [E]; every rule is multiplied by the rate.
-BIAS_STEPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sign": lambda counts: torch.sign(counts.mean() - counts),
-}
 
 
 class ExpertBias(nn.Module):
     """A bias [E] that is added for the choice only and moved after every step, without a gradient.
 
-    Loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437. `rule` names one of
-    `BIAS_STEPS`. The load of a batch never touches its own routing, so the choice stays causal.
+    Loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437. `rule` and `limit` are
+    those of `balance.move_bias`. The load of a batch never touches its own routing, so the choice
+    stays causal.
     """
 
     expert_bias: Tensor
+    bias_updates: Tensor
 
-    def __init__(self, num_experts: int, rate: float, *, rule: str = "sign") -> None:
+    def __init__(
+        self, num_experts: int, rate: float, *, rule: str = "sign", limit: float | None = None
+    ) -> None:
         super().__init__()
-        self.rate, self.rule = rate, rule
+        self.rate, self.rule, self.limit = rate, rule, limit
         self.register_buffer("expert_bias", torch.zeros(num_experts))
+        # Only steps that shrink depend on how many there were, so only they are saved with it.
+        self.shrinks = rule.endswith(("-sqrt", "-inverse"))
+        if self.shrinks:
+            self.register_buffer("bias_updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, selection: Tensor, scores: Tensor, context: RouterContext) -> Tensor:
         return selection + self.expert_bias
 
     @torch.no_grad()
     def after_step(self, counts: Tensor) -> None:
-        step = BIAS_STEPS[self.rule](counts.float())
-        self.expert_bias.add_(step.to(self.expert_bias.dtype), alpha=self.rate)
+        number = 1
+        if self.shrinks:
+            self.bias_updates += 1
+            number = int(self.bias_updates)
+        move_bias(
+            self.expert_bias, counts, self.rate, rule=self.rule, number=number, limit=self.limit
+        )
 
 
 class GroupLimit:

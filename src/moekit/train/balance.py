@@ -1,37 +1,48 @@
-"""Keeping routers balanced during training, by the rule that each family uses itself.
+"""Which balance rules a run trains with: its recipe's, or those that the family uses itself."""
 
-Letters: T tokens, E experts, K chosen experts, L layers.
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.core.errors import UserError
-from moekit.core.registry import register
-from moekit.layers import MoekitConfig, Routing
+from moekit.layers import MoekitConfig
+from moekit.layers.balance import Balance, Schedule
 
 from .recipe import BalanceRecipe
 
+Sum = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
-class Balance:
-    """The rule in force: a loss with `coefficient`, a bias moved by `bias_rate`, or neither."""
+class BalanceRules:
+    """The rules in force: `losses` added to the objective, and the step `bias_rate` of a stock
+    family's correction bias (0: it stays). `lenient` leaves out routers without scores, which
+    nobody asked to balance."""
 
-    coefficient: float
+    losses: tuple[Balance, ...]
     bias_rate: float
-    z_loss: float
+    lenient: bool
+
+    def after_step(self) -> None:
+        """Tell every loss that an optimiser step is done."""
+        for loss in self.losses:
+            loss.after_step()
 
 
-def family_balance(
-    recipe: BalanceRecipe, config, has_bias: bool, self_balanced: bool = False
-) -> Balance:
-    """The balance rule for a model: its family's own, unless the recipe says otherwise.
+def balance_rules(
+    recipe: BalanceRecipe,
+    config: Any,
+    has_bias: bool,
+    self_balanced: bool = False,
+    sum_over_processes: Sum | None = None,
+) -> BalanceRules:
+    """The rules for a model: its family's own, unless the recipe says otherwise.
 
     A family with a correction bias is balanced by moving it; one whose config declares
-    `router_aux_loss_coef` by the loss; any other, and one whose routers are `self_balanced`, is
-    left alone.
+    `router_aux_loss_coef` by the loss; any other, one whose routers are `self_balanced`, and one
+    whose recipe lists losses, is left alone.
     """
     declared = getattr(config, "router_aux_loss_coef", None)
     rule = recipe.rule
@@ -40,7 +51,7 @@ def family_balance(
             "balance.rule is 'bias', but moekit's routers carry their own: choose one with a "
             "bias_rate, such as loss-free, and balance.rule 'none'."
         )
-    if rule == "family" and self_balanced:
+    if rule == "family" and (self_balanced or recipe.losses):
         rule = "none"
     elif rule == "family":
         rule = "bias" if has_bias else "loss" if declared is not None else "none"
@@ -48,68 +59,37 @@ def family_balance(
         raise UserError(
             f"balance.rule is 'bias', but {config.model_type} has no correction bias; use 'loss'."
         )
-    coefficient = 0.0
+    listed = list(recipe.losses)
     if rule == "loss":
-        coefficient = recipe.coefficient if recipe.coefficient is not None else declared or 0.0
-    return Balance(coefficient, recipe.bias_rate if rule == "bias" else 0.0, recipe.z_loss)
+        weight = recipe.coefficient if recipe.coefficient is not None else declared or 0.0
+        listed.append({"name": "balance-loss", "weight": weight, "scope": recipe.scope})
+    if recipe.z_loss:
+        listed.append({"name": "z-loss", "weight": recipe.z_loss})
+    losses = tuple(balance_loss_of(entry, sum_over_processes) for entry in listed)
+    bias_rate = recipe.bias_rate if rule == "bias" else 0.0
+    return BalanceRules(losses, bias_rate, lenient=recipe.rule == "family" and not recipe.losses)
 
 
-@register(
-    "balance",
-    "balance-loss",
-    title="Auxiliary loss on the product of load and router probability",
-    paper="Switch Transformer, arXiv:2101.03961",
-    needs=("training",),
-)
-def balance_loss(routing: Routing) -> Tensor:
-    """Load-balancing loss of one layer (Switch, arXiv 2101.03961, for K choices).
+def balance_loss_of(entry: dict[str, Any], sum_over_processes: Sum | None = None) -> Balance:
+    """The `Balance` of an entry of `balance.losses`.
 
-    E * sum_i f_i * P_i with f_i the share of pairs that wanted expert i, dropped ones too, and P_i
-    its mean probability: 1 at perfect balance, E at collapse.
+    `name` and `weight`; `scope`; a schedule of `begin`, `end` (fractions of the run) and `last`;
+    what is left are options of the loss. Raises UserError for anything that does not fit.
     """
-    counts = routing.wanted()
-    probability = mean_probability(routing)
-    return routing.num_experts * (counts / counts.sum() * probability).sum()
-
-
-@register(
-    "balance",
-    "z-loss",
-    title="Loss on the size of the router logits",
-    paper="ST-MoE, arXiv:2202.08906",
-    needs=("training",),
-)
-def z_loss(routing: Routing) -> Tensor:
-    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
-    return real_rows(routing).logsumexp(-1).square().mean()
-
-
-def mean_probability(routing: Routing) -> Tensor:
-    """The mean softmax of the router's logits [E]."""
-    return real_rows(routing).softmax(-1).mean(0)
-
-
-def real_rows(routing: Routing) -> Tensor:
-    """The router's logits [U, E] without those of padding, in float32."""
-    assert routing.logits is not None
-    logits, mask = routing.logits.float(), routing.unit_mask()
-    return logits if mask is None else logits[mask]
-
-
-@register(
-    "balance",
-    "expert-bias",
-    title="Loss-free balancing by a bias that only affects the choice",
-    paper="Loss-free balancing, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437",
-    needs=("training",),
-    limits="Needs a family whose router has a correction bias.",
-)
-@torch.no_grad()
-def move_bias(biases: list[nn.Parameter | Tensor], counts: list[Tensor], rate: float) -> None:
-    """Raise the correction bias of underloaded experts and lower the others' by `rate`.
-
-    `counts` [E] by layer are those of the last step, summed over all processes (DeepSeek-V3, arXiv
-    2412.19437).
-    """
-    for bias, count in zip(biases, counts, strict=True):
-        bias.add_(torch.sign(count.mean() - count).to(bias.dtype), alpha=rate)
+    options = dict(entry)
+    missing = [field for field in ("name", "weight") if field not in options]
+    if missing:
+        raise UserError(f"an entry of balance.losses lacks {' and '.join(missing)}: {entry}")
+    names = [name for name in ("begin", "end", "last") if name in options]
+    timed: dict[str, Any] = {name: options.pop(name) for name in names}
+    for field, value in {"weight": options["weight"], **timed}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{field} of balance loss {entry['name']!r} is {value!r}, not a number")
+    return Balance(
+        options.pop("name"),
+        weight=options.pop("weight"),
+        scope=options.pop("scope", "micro"),
+        schedule=Schedule(**timed),
+        sum_over_processes=sum_over_processes,
+        **options,
+    )

@@ -42,8 +42,9 @@ def finish(
     shutil.copy(run.folder / "log.jsonl", training)
     (training / "recipe.json").write_text(json.dumps(run.recipe.to_dict(), indent=1))
     (training / "evaluation.json").write_text(json.dumps(score, indent=1))
-    if (run.folder / "probes").is_dir():
-        shutil.copytree(run.folder / "probes", training / "probes")
+    for name in ("probes", "tensorboard"):
+        if (run.folder / name).is_dir():
+            shutil.copytree(run.folder / name, training / name)
     (target / "README.md").write_text(model_card(run, score, last), encoding="utf-8")
     files = [FileHash.of(file, file.name) for file in sorted(target.iterdir()) if file.is_file()]
     record.finish({"last": last, "valid": score}, files).save(target)

@@ -1,17 +1,22 @@
 """What a run will need, told before it starts: parameters, FLOPs, bytes and seconds."""
 
 import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from moekit.core.find import find_moe
 from moekit.core.forecast import Forecast
 from moekit.core.spec import spec_from_config
 from moekit.layers import MoekitForCausalLM
 
-from .balance import family_balance
-from .model import build_model, tap_routers
+from .balance import balance_rules
+from .model import build_model, planned_vocab, tap_routers
 from .optim import build_optimizers
 from .recipe import Recipe
 from .step import build_losses, run_step
@@ -34,8 +39,45 @@ def active_parameters(model: Any) -> int:
     total = sum(p.numel() for p in model.parameters() if id(p) not in ends | experts)
     recipes = [recipe for recipe in model.config.layer_recipes() if recipe is not None]
     for layer, recipe in zip(model.moe_layers(), recipes, strict=True):
-        total += round(recipe.top_k * float(layer.pool.cost().mean()))
+        total += round(recipe.rounds.count * recipe.top_k * float(layer.pool.cost().mean()))
     return total
+
+
+@dataclass
+class Saved:
+    """Bytes that graphs keep for the backward pass: `now`, and `most` at any time."""
+
+    now: int = 0
+    most: int = 0
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[Saved]:
+    """Measure what backward passes keep in memory beside the parameters of `model`."""
+    saved = Saved()
+    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    uses: dict[int, int] = {}
+
+    def drop(place: int, size: int) -> None:
+        uses[place] -= 1
+        if not uses[place]:
+            saved.now -= size
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in own:
+            return tensor
+        kept = tensor.detach()
+        if not uses.get(place):
+            saved.now += size
+            saved.most = max(saved.most, saved.now)
+        uses[place] = uses.get(place, 0) + 1
+        weakref.finalize(kept, drop, place, size)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
 
 
 def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
@@ -43,19 +85,22 @@ def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
 
     FLOPs are 6 * active parameters without the embedding table * tokens (forward and backward of
     every matrix product, attention scores left out). Seconds are those of this machine, with the
-    recipe's kernels uncompiled, and count neither evaluation nor start-up.
+    recipe's kernels uncompiled, and count neither evaluation nor start-up. Activation bytes are
+    what that micro-batch kept for its backward pass, on top of weights, gradients and optimiser.
     """
-    vocab = recipe.tokenizer.vocab_size
+    vocab = planned_vocab(recipe)
     model = build_model(recipe, vocab, vocab - 1)
+    vocab = model.config.vocab_size
     tap = tap_routers(model)
     total = sum(param.numel() for param in model.parameters())
     active = active_parameters(model)
-    balance = family_balance(recipe.balance, model.config, bool(tap.biases), tap.self_balanced)
+    balance = balance_rules(recipe.balance, model.config, bool(tap.biases), tap.self_balanced)
     optimizers = build_optimizers(model, recipe.optim, tap.router_names, tap.fused_names)
     losses = build_losses(model, tap, balance, recipe.train, compiled=False)
     micro = recipe.train.micro_windows
     windows = torch.randint(vocab, (micro, recipe.train.seq_len + 1))
-    run_step(losses, windows, micro)
+    with saved_bytes(model) as saved:
+        run_step(losses, windows, micro)
     begin = time.perf_counter()
     run_step(losses, windows, micro)
     middle = time.perf_counter()
@@ -71,5 +116,6 @@ def forecast(recipe: Recipe, processes: int = 1) -> Forecast:
         "tokens": tokens,
         "flops": 6 * active * tokens,
         "state_bytes": total * _BYTES_A_PARAMETER[recipe.optim.name],
+        "activation_bytes": saved.most,
     }
     return Forecast(2 * total, round(step * recipe.steps, 1), "measured on one step", details)

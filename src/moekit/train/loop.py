@@ -1,9 +1,6 @@
 """The training loop: our own, short, resumable, the same on one process and on many."""
 
-import json
 import signal
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +8,21 @@ from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.layers import MoekitForCausalLM
+from moekit.layers.balance import move_bias
 
-from .balance import family_balance, move_bias
+from .balance import balance_rules
+from .distill import load_teacher
+from .distributed import World
+from .freeze import freeze
+from .log import RunLog, Window, line_of
 from .look import evaluate, write_probe
-from .metrics import router_metrics
 from .model import tap_routers
 from .optim import build_optimizers, rate_at, set_rate
 from .run import Run
+from .shard import gradient_norm, is_sharded, put_together
 from .state import find_checkpoint, load_checkpoint, save_checkpoint
-from .step import add_counts, build_losses, run_step
+from .step import StepResult, build_losses, run_step
+from .track import open_trackers
 
 
 class _Stop:
@@ -49,9 +52,13 @@ def train(run: Run) -> dict[str, Any]:
     """
     recipe, settings, world = run.recipe, run.recipe.train, run.world
     tap = tap_routers(run.model)
-    balance = family_balance(recipe.balance, run.model.config, bool(tap.biases), tap.self_balanced)
+    balance = balance_rules(
+        recipe.balance, run.model.config, bool(tap.biases), tap.self_balanced, world.sum_
+    )
+    sharded = is_sharded(run.model)
     optimizers = build_optimizers(run.model, recipe.optim, tap.router_names, tap.fused_names)
-    losses = build_losses(run.model, tap, balance, settings)
+    teacher = load_teacher(recipe.distill, settings, len(run.tokenizer), world.device)
+    losses = build_losses(run.model, tap, balance, settings, teacher=teacher)
     micro = min(settings.micro_windows, settings.batch_windows // world.size)
     if settings.batch_windows % (world.size * micro):
         raise UserError(
@@ -62,105 +69,82 @@ def train(run: Run) -> dict[str, Any]:
     found = find_checkpoint(checkpoint)
     if found is not None:
         step = load_checkpoint(found, run.model, optimizers)["step"]
-    log = _Log(run.folder / "log.jsonl", step, world.is_main)
+    trackers = open_trackers(recipe, run.folder) if world.is_main else []
+    log = RunLog(run.folder / "log.jsonl", step, world.is_main, trackers)
     per_step = settings.batch_windows * settings.seq_len
     share = settings.batch_windows // world.size
-    window_counts: list[Tensor] = []
-    window_loss = torch.zeros(3)
-    entry = log.last_step()
-    clock, since = time.perf_counter(), step
+    entry, window = log.last_step(), Window(step)
 
     def save() -> None:
-        if world.is_main:
-            state = {"step": step, "tokens": step * per_step}
-            save_checkpoint(checkpoint, run.model, optimizers, state)
+        state = {"step": step, "tokens": step * per_step}
+        if world.is_main or sharded:
+            save_checkpoint(checkpoint, run.model, optimizers, state, world.is_main)
         world.barrier()
 
     with _Stop() as stop:
         while step < recipe.steps:
             if step in settings.probe_at:
-                write_probe(run, step)
+                write_probe(put_together(run), step)
+            routers_learn = step < settings.freeze_routers_at * recipe.steps
+            if not routers_learn:
+                freeze(run.model, ["routers"])
             fraction = rate_at(step, recipe.steps, recipe.optim)
             set_rate(optimizers, fraction)
             first = step * settings.batch_windows + world.rank * share
             ids, _ = run.mix.batch(range(first, first + share))
             windows = torch.from_numpy(ids).to(world.device)
-            result = run_step(losses, windows, micro, step, settings.seed, world.rank)
-            world.average_gradients(run.model)
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.optim.clip)
+            result = run_step(
+                losses, windows, micro, step, settings.seed, world.rank, step / recipe.steps
+            )
+            if not sharded:
+                world.average_gradients(run.model)
+            norm = gradient_norm(run.model.parameters(), recipe.optim.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            counts = [world.sum_(layer) for layer in result.counts]
-            if balance.bias_rate:
-                move_bias(tap.biases, counts, balance.bias_rate)
-            if isinstance(run.model, MoekitForCausalLM):
+            counts, lost = _over_processes(world, result)
+            balance.after_step()
+            if balance.bias_rate and routers_learn:
+                for bias, count in zip(tap.biases, counts, strict=True):
+                    move_bias(bias, count, balance.bias_rate)
+            if isinstance(run.model, MoekitForCausalLM) and routers_learn:
                 run.model.after_step(result.routings, counts)
-            window_counts = add_counts(window_counts, counts)
-            window_loss += torch.tensor([result.loss, result.balance, 1.0])
+            window.add(result, counts, lost)
             step += 1
             run.advance(step, recipe.steps)
             if step % settings.log_every == 0 or step == recipe.steps:
-                summed = world.sum_(window_loss)
-                means = summed / summed[2]
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                entry = {
-                    "step": step,
-                    "tokens": step * per_step,
-                    "loss": round(means[0].item(), 5),
-                    "balance": round(means[1].item(), 5),
-                    "grad_norm": round(float(norm), 4),
-                    "lr_fraction": round(fraction, 5),
-                    "tokens_per_second": round((step - since) * per_step / seconds, 1),
-                }
-                if window_counts:
-                    entry["routers"] = router_metrics(window_counts)
+                entry = window.entry(world, step, per_step)
+                entry |= {"grad_norm": round(norm, 4), "lr_fraction": round(fraction, 5)}
                 log.write(entry)
-                run.say(_line(entry, recipe.steps))
-                window_counts, window_loss, since = [], torch.zeros(3), step
+                run.say(line_of(entry, recipe.steps))
+                window = Window(step)
             stopping = world.agree(stop.asked)
             last = step == recipe.steps
             if not (last or stopping) and settings.eval_every and step % settings.eval_every == 0:
+                seen = put_together(run)
                 if world.is_main:
-                    score = evaluate(run, settings.eval_bytes)
+                    score = evaluate(seen, settings.eval_bytes)
                     log.write({"step": step, "valid": score})
                     run.say(f"step {step}: mean bits per byte {score['mean']:.4f}")
                 world.barrier()
-                clock, since = time.perf_counter(), step
+                window.restart_clock(step)
             if stopping or last or step % settings.checkpoint_every == 0:
                 save()
             if stopping and not last:
                 raise KeyboardInterrupt
+    # What follows computes on the main process alone.
+    run.model = put_together(run).model
     if recipe.steps in settings.probe_at:
         write_probe(run, step)
+    log.close()
     return entry
 
 
-class _Log:
-    """A JSON line an entry. On resuming, entries after the checkpoint's step are dropped."""
-
-    def __init__(self, path: Path, step: int, active: bool) -> None:
-        self.path, self.active = path, active
-        if active and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    def last_step(self) -> dict[str, Any]:
-        """The newest entry of a training step; empty before the first."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return next((e for e in map(json.loads, reversed(lines)) if "loss" in e), {})
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self.active:
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-
-def _line(entry: dict[str, Any], steps: int) -> str:
-    line = f"step {entry['step']}/{steps} loss {entry['loss']:.4f}"
-    line += f" {entry['tokens_per_second']:,.0f} tokens/s"
-    if "routers" in entry:
-        routers = entry["routers"]
-        line += f" imbalance {max(routers['imbalance']):.2f} dead {routers['dead']}"
-    return line
+def _over_processes(world: World, result: StepResult) -> tuple[list[Tensor], list[Tensor]]:
+    """Pairs by expert and lost pairs of every layer, summed over processes in one message."""
+    if not result.counts:
+        return [], []
+    sizes = [len(count) for count in result.counts]
+    flat = world.sum_(torch.cat([*result.counts, torch.stack(result.lost)]))
+    *counts, lost = flat.split([*sizes, len(sizes)])
+    return list(counts), list(lost)

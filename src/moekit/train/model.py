@@ -15,7 +15,13 @@ from moekit.layers.terms import ExpertBias
 from moekit.ops import blocked_attention
 from moekit.ops.grouped import GROUPED, grouped_backend, has_plain_banks
 
+from .freeze import freeze
 from .recipe import Recipe
+
+
+def planned_vocab(recipe: Recipe) -> int:
+    """Entries of the vocabulary before the tokenizer is there; 1 for a model that brings one."""
+    return 1 if "path" in recipe.model else recipe.tokenizer.vocab_size
 
 
 def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
@@ -27,6 +33,8 @@ def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     arguments = dict(recipe.model)
+    if "path" in arguments:
+        return _config_at(arguments.pop("path"), arguments, vocab_size)
     family = arguments.pop("model_type")
     if family not in CONFIG_MAPPING:
         near = difflib.get_close_matches(family, list(CONFIG_MAPPING.keys()), 3)
@@ -48,10 +56,25 @@ def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     return config
 
 
-def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
-    """The recipe's model in fp32, freshly initialised from `train.seed`.
+def _config_at(path: str, changes: dict[str, Any], vocab_size: int) -> Any:
+    from transformers import AutoConfig
 
-    Raises UserError as `model_config`.
+    try:
+        config = AutoConfig.from_pretrained(path, **changes)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {path} cannot be read: {error}") from error
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.path {path} has a vocabulary of {config.vocab_size} and the tokenizer one of "
+            f"{vocab_size}; leave tokenizer.path out to use the model's."
+        )
+    return config
+
+
+def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
+    """The recipe's model in fp32, freshly initialised from `train.seed` or read from its path.
+
+    Raises UserError as `model_config`, and for parts to freeze that it lacks.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,10 +84,17 @@ def build_model(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
     config._attn_implementation = (
         blocked_attention.register() if attention == "blocked" else attention
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    path = recipe.model.get("path")
+    if path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     if find_moe(model) and not isinstance(model, MoekitForCausalLM):
         model.set_experts_implementation(_experts(recipe.train.experts, model))
-    if recipe.train.zero_output:
+    if recipe.train.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    freeze(model, recipe.train.freeze)
+    if recipe.train.zero_output and path is None:
         zero_residual_outputs(model)
     return model.train()
 
@@ -112,7 +142,7 @@ def zero_residual_outputs(model: nn.Module) -> None:
 
 @dataclass
 class RouterTap:
-    """Collects what the routers of one forward pass said: `records`, cleared by `reset`.
+    """Collects what the routers of one forward pass said: `records`.
 
     `biases` are the correction biases of a stock family, which the trainer moves; moekit's own
     layers move theirs themselves and are then `self_balanced`. `router_names` are the parameters
@@ -128,22 +158,23 @@ class RouterTap:
     def __post_init__(self) -> None:
         self.records: list[Routing] = []
         self.self_balanced = False
-
-    def reset(self) -> None:
-        self.records = []
+        self._listening = False
 
     def forward(self, model: Any, ids: Tensor, context: RouterContext) -> Tensor:
         """The logits [B, S, V] of `ids` [B, S]; the records are those of this pass."""
-        self.reset()
         if not isinstance(model, MoekitForCausalLM):
-            return model(input_ids=ids, use_cache=False).logits
+            self.records, self._listening = [], True
+            logits = model(input_ids=ids, use_cache=False).logits
+            self._listening = False
+            return logits
         output = model(input_ids=ids, use_cache=False, router_context=context)
         self.records = output.routings
         return output.logits
 
     def _record(self, module, args, output) -> None:
-        # Evaluation and probes pass through the same routers; only training steps count.
-        if not module.training:
+        # Evaluation, probes and recomputation pass through the same routers; only the forward
+        # passes of training count.
+        if not (module.training and self._listening):
             return
         layer = len(self.records)
         experts = self.num_experts[layer]

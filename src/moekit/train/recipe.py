@@ -9,6 +9,10 @@ from typing import Any, get_origin
 
 from moekit.core.errors import UserError
 
+TRACKERS = ("tensorboard", "trackio")
+# What `train.freeze` may name; `freeze.parts_of` says which parameters they are.
+PARTS = ("routers", "experts", "shared", "attention", "embeddings", "norms")
+
 
 @dataclass(frozen=True)
 class DataRecipe:
@@ -56,14 +60,31 @@ class BalanceRecipe:
     """How the router is kept balanced.
 
     `rule`: "family" (what the family itself does), "loss", "bias" or "none". `coefficient` scales
-    the balance loss, `z_loss` the squared log-sum-exp of the router logits, `bias_rate` the step
-    of the loss-free bias (DeepSeek-V3, arXiv 2412.19437).
+    the balance loss, whose loads are counted over `scope` (sequence, micro, step or global),
+    `z_loss` the squared log-sum-exp of the router logits, `bias_rate` the step of the loss-free
+    bias (DeepSeek-V3, arXiv 2412.19437). `losses` lists any others, each by `name` and `weight`,
+    with its `scope`, the `begin`, `end` and `last` of its schedule, and its own options.
     """
 
     rule: str = "family"
     coefficient: float | None = None
+    scope: str = "micro"
+    losses: list[dict[str, Any]] = field(default_factory=list)
     z_loss: float = 0.0
     bias_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """A `teacher` (a model directory) whose distribution is learnt with `weight` beside the text.
+
+    At `temperature`, and until the fraction `end` of the run.
+    """
+
+    teacher: str | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +92,11 @@ class TrainRecipe:
     """Length and pace of the run, in tokens, windows and steps.
 
     `batch_windows` windows of `seq_len` tokens make an optimiser step over all processes;
-    `micro_windows` of them go through the model at a time. Probes hold the router logits too with
-    `probe_logits`: 2 bytes a token, MoE layer and expert.
+    `micro_windows` of them go through the model at a time. With `recompute` only the layers' inputs
+    are kept for the backward pass, which computes the rest again; with `shard` every process keeps
+    its slice of parameters, gradients and optimiser state (FSDP2). `freeze` names `PARTS` that do
+    not learn, and from the fraction `freeze_routers_at` of the run on routers do not either. Probes
+    hold the router logits too with `probe_logits`: 2 bytes a token, MoE layer and expert.
     """
 
     tokens: int = 1_000_000
@@ -84,9 +108,14 @@ class TrainRecipe:
     attention: str = "sdpa"
     experts: str = "grouped"
     compile: bool = False
+    recompute: bool = False
+    shard: bool = False
+    freeze: tuple[str, ...] = ()
+    freeze_routers_at: float = 1.0
     init_std: float | None = None
     zero_output: bool = True
     log_every: int = 10
+    report_to: tuple[str, ...] = ()
     eval_every: int = 500
     eval_bytes: int = 20_000
     checkpoint_every: int = 200
@@ -98,7 +127,11 @@ class TrainRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. `model` holds a transformers config's arguments and its `model_type`."""
+    """One training run.
+
+    `model` holds a transformers config's arguments and its `model_type`, or the `path` of a model
+    to start from and arguments to change.
+    """
 
     name: str
     model: dict[str, Any]
@@ -106,6 +139,7 @@ class Recipe:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     balance: BalanceRecipe = field(default_factory=BalanceRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
 
     @property
@@ -180,14 +214,52 @@ def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
         )
     if not 0 <= optim.decay <= 1:
         raise UserError(f"optim.decay is {optim.decay}; it is a fraction between 0 and 1.")
-    if "model_type" not in recipe.model:
-        raise UserError("model.model_type is missing; name a transformers family, e.g. qwen3_moe.")
+    if recipe.balance.losses or recipe.balance.scope != "micro":
+        _check_losses(recipe.balance)
+    if "model_type" not in recipe.model and "path" not in recipe.model:
+        raise UserError(
+            "model.model_type is missing; name a family such as qwen3_moe or moekit, or give the "
+            "path of a model to start from."
+        )
+    if "model_type" in recipe.model and "path" in recipe.model:
+        raise UserError("model has both model_type and path; leave one of them out.")
+    _check_parts(train)
+    if train.shard and optim.name != "adamw":
+        raise UserError(
+            f"train.shard cuts weight matrices, which optim.name {optim.name} needs whole; "
+            "use adamw."
+        )
     limit = recipe.model.get("max_position_embeddings")
     if limit is not None and train.seq_len > limit:
         raise UserError(
             f"train.seq_len {train.seq_len} exceeds model.max_position_embeddings {limit}."
         )
+    if "path" in recipe.model and recipe.tokenizer.path is None:
+        own = dataclasses.replace(recipe.tokenizer, path=str(recipe.model["path"]))
+        recipe = dataclasses.replace(recipe, tokenizer=own)
     return recipe
+
+
+def _check_parts(train: TrainRecipe) -> None:
+    for field_name, known in (("freeze", PARTS), ("report_to", TRACKERS)):
+        for part in getattr(train, field_name):
+            if part not in known:
+                near = difflib.get_close_matches(part, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+                raise UserError(f"train.{field_name} names {part!r}: {hint}")
+    if not 0 <= train.freeze_routers_at <= 1:
+        raise UserError(
+            f"train.freeze_routers_at is {train.freeze_routers_at}; it is a fraction of the run."
+        )
+
+
+def _check_losses(balance: BalanceRecipe) -> None:
+    """UserError for a loss that does not exist or has other options; needs torch."""
+    from .balance import balance_loss_of
+
+    for entry in balance.losses:
+        balance_loss_of(entry)
+    balance_loss_of({"name": "balance-loss", "weight": 0.0, "scope": balance.scope})
 
 
 def _build(cls, raw: Any, path: str):
@@ -226,8 +298,14 @@ def _cast(value: Any, kind: Any, path: str) -> Any:
         return value
     if kind == tuple[int, ...] and isinstance(value, (list, tuple)):
         return tuple(int(part) for part in value)
+    if kind == tuple[str, ...] and isinstance(value, (list, tuple)):
+        return tuple(str(part) for part in value)
+    if kind == list[dict[str, Any]]:
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise UserError(f"{path} is {value!r}; expected a list of mappings.")
+        return value
     wrong = get_origin(kind) is dict and not isinstance(value, dict)
-    if wrong or kind in (float, int, str, bool, tuple[int, ...]):
+    if wrong or kind in (float, int, str, bool, tuple[int, ...], tuple[str, ...]):
         raise UserError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
     if value is not None and kind in (float | None, int | None):
         return float(value)

@@ -11,14 +11,16 @@ from moekit.evaluate.text import Sample
 
 from .data import PackedMix, mixing_weights, read_domains, tokenize_domains
 from .distributed import World
-from .model import build_model, model_config
+from .model import build_model, model_config, planned_vocab
 from .recipe import Recipe
+from .shard import shard
 from .state import find_checkpoint
 from .tokenizer import END_OF_TEXT, train_tokenizer
 
 # Fields that change nothing about what a step computes; a resumed run may differ in them.
 _FREE = (
     "log_every",
+    "report_to",
     "eval_every",
     "eval_bytes",
     "checkpoint_every",
@@ -58,7 +60,7 @@ def prepare(
     process does the work that leaves files in `folder`; the others wait and read them.
     """
     # Before minutes go into a tokenizer.
-    model_config(recipe, recipe.tokenizer.vocab_size, 0)
+    model_config(recipe, planned_vocab(recipe), 0)
     texts = read_domains(data, recipe.data.train)
     held_out = read_domains(data, recipe.data.valid) if recipe.data.valid else {}
     saved = folder / "tokenizer"
@@ -76,6 +78,8 @@ def prepare(
     mix = PackedMix(domains, weights, recipe.train.seq_len, recipe.train.seed)
     say(f"{sum(len(domain.tokens) for domain in domains):,} tokens in {len(domains)} domains")
     model = build_model(recipe, len(tokenizer), tokenizer.eos_token_id).to(world.device)
+    if recipe.train.shard and world.size > 1:
+        shard(model, world)
     valid = [Sample(text, name) for name, docs in sorted(held_out.items()) for text in docs]
     return Run(recipe, folder, world, tokenizer, model, mix, valid, say, advance)
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moekit.core.errors import UserError
+
+from .shard import cut_like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -19,13 +22,13 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Every tensor of the optimisers' state, named `<kind>|<parameter>`."""
+    """Every tensor of the optimisers' state, named `<kind>|<parameter>`, whole and on the CPU."""
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
             for kind, value in state.items():
-                tensors[f"{kind}|{names[param]}"] = torch.as_tensor(value).detach()
+                tensors[f"{kind}|{names[param]}"] = whole(torch.as_tensor(value).detach()).cpu()
     return tensors
 
 
@@ -44,37 +47,47 @@ def load_optimizer_tensors(
         kind, _, name = key.partition("|")
         param = params[name]
         # AdamW keeps its step count on the CPU unless fused on a GPU; follow what it expects.
-        target = value.clone() if kind == "step" else value.to(param.device, copy=True)
+        moved = value.to(param.device, copy=True)
+        target = value.clone() if kind == "step" else cut_like(moved, param)
         owner[param].state[param][kind] = target
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with tied tensors once, contiguous and on the CPU."""
+    """The model's state with tied tensors once, whole, contiguous and on the CPU."""
     seen: set[tuple[int, torch.Size]] = set()
     tensors = {}
     for name, value in model.state_dict().items():
-        key = (value.data_ptr(), value.shape)
+        own = value.to_local() if isinstance(value, DTensor) else value
+        # A slice may be empty here and nowhere else, so its place alone says nothing.
+        key = (own.data_ptr() or id(value), value.shape)
         if key not in seen:
             seen.add(key)
-            tensors[name] = value.detach().cpu().contiguous()
+            tensors[name] = whole(value.detach()).cpu().contiguous()
     return tensors
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict,
+    write: bool = True,
 ) -> None:
-    """Write a checkpoint to `folder`, replacing the one that is there only when complete."""
+    """Write a checkpoint to `folder`, replacing the one that is there only when complete.
+
+    Without `write` this process only gives its slices of a sharded model.
+    """
     from safetensors.torch import save_file
 
+    weights, moments = unique_state(model), optimizer_tensors(model, optimizers)
+    if not write:
+        return
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(unique_state(model), fresh / WEIGHTS)
-    save_file(
-        {key: value.cpu() for key, value in optimizer_tensors(model, optimizers).items()},
-        fresh / OPTIMIZER,
-    )
+    save_file(weights, fresh / WEIGHTS)
+    save_file(moments, fresh / OPTIMIZER)
     (fresh / STATE).write_text(json.dumps(state))
     if folder.exists():
         folder.rename(old)
@@ -97,7 +110,9 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        now = model.state_dict()
+        saved = load_file(folder / WEIGHTS)
+        model.load_state_dict({n: cut_like(v, now[n]) for n, v in saved.items()}, strict=False)
         load_optimizer_tensors(model, optimizers, load_file(folder / OPTIMIZER))
         return json.loads((folder / STATE).read_text())
     except Exception as error:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.layers import RouterContext, Routing
+from moekit.layers import MoekitForCausalLM, RouterContext, Routing
+from moekit.layers.balance.losses import balance_loss
 
-from .balance import Balance, balance_loss, z_loss
+from .balance import BalanceRules
+from .distill import Teacher
 from .model import RouterTap
 from .recipe import TrainRecipe
 
@@ -18,44 +20,62 @@ from .recipe import TrainRecipe
 class StepResult:
     """Sums over the step on this process: mean cross-entropy in nats a token, mean balance loss
     over layers, and `counts`, the pairs that each expert received, a tensor [E] for each of the
-    `routings` of the last micro-batch."""
+    `routings` of the last micro-batch; `lost` are those that a capacity lost, a number each."""
 
     loss: float
     balance: float
     counts: list[Tensor]
+    lost: list[Tensor]
     routings: list[Routing]
 
 
 def build_losses(
     model: nn.Module,
     tap: RouterTap,
-    balance: Balance,
+    balance: BalanceRules,
     recipe: TrainRecipe,
     compiled: bool = True,
-) -> Callable[[Tensor, RouterContext], tuple[Tensor, Tensor, Tensor, list[Routing]]]:
-    """The function from ids [B, S + 1] to (objective, cross-entropy, balance loss, routings).
+    teacher: Teacher | None = None,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, list[Routing]]]:
+    """The function from ids [B, S + 1], context and progress of the run (0 to 1) to (objective,
+    cross-entropy, balance loss, routings).
 
-    The balance loss is computed layer by layer and averaged: over all layers at once, an expert
-    that starves in one layer is hidden by others in the rest. `compiled=False` overrules the
-    recipe.
+    The balance loss is the one that is reported: Switch's of this micro-batch, averaged over
+    layers. `compiled=False` overrules the recipe. A `teacher` adds its loss.
     """
 
-    def losses(ids: Tensor, context: RouterContext):
+    def forward(ids: Tensor, context: RouterContext) -> tuple[Tensor, Tensor | None]:
         kind = ids.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = tap.forward(model, ids[:, :-1], context)
         nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-        objective, uneven = nats, nats.new_zeros(())
-        judged = [routing for routing in tap.records if routing.logits is not None]
-        for routing in judged:
-            uneven = uneven + balance_loss(routing) / len(judged)
-            if balance.z_loss:
-                objective = objective + balance.z_loss * z_loss(routing) / len(judged)
-        if balance.coefficient:
-            objective = objective + balance.coefficient * uneven
-        return objective, nats.detach(), uneven.detach(), tap.records
+        return nats, logits if teacher is not None else None
 
-    return torch.compile(losses) if recipe.compile and compiled else losses
+    cross_entropy = torch.compile(forward) if recipe.compile and compiled else forward
+
+    def losses(ids: Tensor, context: RouterContext, progress: float = 0.0):
+        nats, logits = cross_entropy(ids, context)
+        objective = nats
+        if teacher is not None and logits is not None:
+            objective = objective + teacher.loss(ids[:, :-1], logits, progress)
+        records = tap.records
+        scored = [r for r in records if r.logits is not None or r.scores is not None]
+        judged = scored if balance.lenient else records
+        layers = []
+        if isinstance(model, MoekitForCausalLM):
+            layers = [model.model.layers[routing.layer].mlp for routing in judged]
+        for loss in balance.losses:
+            objective = objective + loss(judged, context, layers, progress).to(nats.device)
+        return objective, nats.detach(), _unevenness(scored, nats), records
+
+    return losses
+
+
+@torch.no_grad()
+def _unevenness(records: list[Routing], like: Tensor) -> Tensor:
+    """The mean balance loss of `records`; 0 where there are none."""
+    values = [balance_loss(routing) for routing in records]
+    return torch.stack(values).mean() if values else like.new_zeros(())
 
 
 def add_counts(total: list[Tensor], more: list[Tensor]) -> list[Tensor]:
@@ -63,24 +83,37 @@ def add_counts(total: list[Tensor], more: list[Tensor]) -> list[Tensor]:
     return [a + b for a, b in zip(total, more, strict=True)] if total else more
 
 
+def _lost(routing: Routing) -> Tensor:
+    return torch.tensor(float(routing.num_dropped), device=routing.token.device)
+
+
 def run_step(
-    losses: Callable, windows: Tensor, micro: int, step: int = 0, seed: int = 0, rank: int = 0
+    losses: Callable,
+    windows: Tensor,
+    micro: int,
+    step: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    progress: float = 0.0,
 ) -> StepResult:
     """Accumulate gradients over `windows` [B, S + 1], `micro` windows at a time.
 
-    `step`, `seed` and the process's `rank` key what routers draw.
+    `step`, `seed` and the process's `rank` key what routers draw; `progress` is the fraction of the
+    run that is done.
     """
     parts = windows.split(micro)
     total, uneven = 0.0, 0.0
     counts: list[Tensor] = []
+    lost: list[Tensor] = []
     routings: list[Routing] = []
     for number, part in enumerate(parts):
         context = RouterContext(
             len(part), part.shape[1] - 1, step=step, seed=seed, part=rank * len(parts) + number
         )
-        objective, nats, layer_uneven, routings = losses(part, context)
+        objective, nats, layer_uneven, routings = losses(part, context, progress)
         (objective / len(parts)).backward()
         total += float(nats) / len(parts)
         uneven += float(layer_uneven) / len(parts)
         counts = add_counts(counts, [routing.counts() for routing in routings])
-    return StepResult(total, uneven, counts, routings)
+        lost = add_counts(lost, [_lost(routing) for routing in routings])
+    return StepResult(total, uneven, counts, lost, routings)

@@ -11,13 +11,14 @@ from torch import nn
 from moekit.core.errors import UserError
 from moekit.core.registry import register
 
+from ..balance.bias import BIAS_STEPS
 from ..edits import ORDERS, Capacity, SecondThinning
 from ..names import one_of
 from ..router import PipelineRouter
 from ..score import CosineScore, LinearScore, MLPScore
 from ..select import ExpertChoice, GroupQuota, TopK, TopP
 from ..squash import SQUASH
-from ..terms import BIAS_STEPS, ExpertBias, GroupLimit, Noise
+from ..terms import ExpertBias, GroupLimit, Noise
 from ..weigh import WEIGHTS
 
 SCORES = ("linear", "mlp", "cosine")
@@ -43,6 +44,7 @@ SELECTIONS = ("top-k", "top-p", "group-quota", "expert-choice")
         "group_score": "a group is as good as its best expert (max) or its best two (top2)",
         "bias_rate": "step of the loss-free bias; 0: no bias",
         "bias_rule": f"how the bias moves: {', '.join(BIAS_STEPS)}",
+        "bias_limit": "largest size of the bias; None: unbounded",
         "jitter": "in training, the router's input times 1 +- this",
         "noise": "in training, gaussian noise on the choice",
         "capacity": "pairs of an expert over its fair share, in training; None: dropless",
@@ -70,6 +72,7 @@ def pipeline_router(
     group_score: str = "max",
     bias_rate: float = 0.0,
     bias_rule: str = "sign",
+    bias_limit: float | None = None,
     jitter: float = 0.0,
     noise: float = 0.0,
     capacity: float | None = None,
@@ -110,7 +113,9 @@ def pipeline_router(
         "mlp": functools.partial(MLPScore, hidden=score_width),
         "cosine": CosineScore,
     }
-    terms: list[Any] = [ExpertBias(num_experts, bias_rate, rule=bias_rule)] if bias_rate else []
+    terms: list[Any] = []
+    if bias_rate:
+        terms.append(ExpertBias(num_experts, bias_rate, rule=bias_rule, limit=bias_limit))
     if noise:
         terms.append(Noise(noise))
     if keep_groups < groups and select != "group-quota":

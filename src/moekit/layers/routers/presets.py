@@ -84,14 +84,14 @@ preset(
         "group_score": "top2",
         "scale": 2.5,
     },
-    ("bias_rate", "bias_rule", *_GROUPS),
+    ("bias_rate", "bias_rule", "bias_limit", *_GROUPS),
 )
 preset(
     "loss-free",
     "Sigmoid scores with a loss-free bias on the choice, renormalised",
     "Loss-free balancing, arXiv:2408.15664",
     {"weights": "renormalised", "squash": "sigmoid", "bias_rate": 1e-3},
-    ("bias_rate", "bias_rule", "scale"),
+    ("bias_rate", "bias_rule", "bias_limit", "scale"),
 )
 preset(
     "moge",
