@@ -13,7 +13,7 @@ ROUTER_OPTIONS = {
     "moge": {"groups": 2},
     "deepseek-v2": {"groups": 4, "keep_groups": 2},
     "deepseek-v3": {"groups": 4, "keep_groups": 2},
-    "adamoe": {"null": 2},
+    "adamoe": {"null": 0},
     "token-rounding": {"tile": 2},
     "progressive-sparsity": {"until": 5, "early": [4]},
     "rexmoe": {"candidates": 4, "start": 0, "end": 5},

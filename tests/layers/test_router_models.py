@@ -21,7 +21,7 @@ MODELS = {
         "experts": [SWIGLU, {"type": "zero", "count": 4}],
         "top_k": 4,
     },
-    "moe++": {"router": {"name": "moe++", "null": 2}, "experts": [SWIGLU, *FREE]},
+    "moe++": {"router": "moe++", "experts": [SWIGLU, *FREE]},
     "moe++ as released": {
         "router": {"name": "moe++", "null": 2, "weights": "real", "score": "mlp"},
         "experts": [SWIGLU, *FREE],
@@ -77,7 +77,8 @@ def test_trained_two_steps_saved_and_loaded(name, tmp_path):
         model.after_step(output.routings, [r.counts() for r in output.routings])
         losses.append(float(output.loss.detach()))
     model.eval()
-    assert float(model(IDS, labels=IDS).loss) < losses[0]
+    with torch.no_grad():
+        assert float(model(IDS, labels=IDS).loss) < losses[0]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation=model.config._attn_implementation
@@ -116,6 +117,13 @@ def test_a_shared_experts_gradient_is_the_sum_over_the_layers():
         each.eval()(IDS, labels=IDS).loss.backward()
     total = first.pool.banks[0].down_proj.grad + second.pool.banks[0].down_proj.grad
     torch.testing.assert_close(banks[0].down_proj.grad, total)
+
+
+def test_null_experts_that_are_none_are_told():
+    with pytest.raises(UserError, match="the last 3 experts of the pool are not all of type zero"):
+        build("moe++", router={"name": "moe++", "null": 3, "weights": "real"})
+    with pytest.raises(UserError, match="the last 4 experts"):
+        build("adamoe", experts={**SWIGLU, "count": 8})
 
 
 def test_a_graph_over_tokens_refuses_a_cache():

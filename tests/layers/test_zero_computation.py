@@ -124,5 +124,7 @@ def test_a_lower_tau_computes_fewer_experts():
 def test_bad_options_are_told():
     with pytest.raises(UserError, match="tau 0 is not above 0"):
         router(tau=0)
+    with pytest.raises(UserError, match="null 1 is for weights real"):
+        router(null=1)
     with pytest.raises(UserError, match="did you mean 'learned'"):
         router(residual="learnt")

@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class RouterChain(nn.Module):
         self.routers = nn.ModuleList(routers)
         self.count = count
 
-    def __getitem__(self, number: int) -> nn.Module:
+    def __getitem__(self, number: int) -> Any:
         return self.routers[number % len(self.routers)]
 
     @property

@@ -74,6 +74,9 @@ def build_layer(width: int, recipe: LayerRecipe, pool: ExpertPool | None = None)
     lent = pool is not None
     if pool is None:
         pool = ExpertPool(build_bank(b.type, width, b.count, **b.options) for b in recipe.banks)
+    for router in routers:
+        if hasattr(router, "check_pool"):
+            router.check_pool(pool)
     shared = None
     if recipe.shared is not None:
         bank = build_bank(recipe.shared.type, width, recipe.shared.count, **recipe.shared.options)

@@ -13,7 +13,9 @@
 - each of `edits`: `(routing, context) -> routing`: takes pairs away or adds some (a capacity).
 
 A part is a function, or an object that may also have `causal` (False: what one token gets depends
-on later ones), `sees_batch` (True: on other sequences) and `after_step(counts)`.
+on later ones), `sees_batch` (True: on other sequences), `decodes` (False: a token alone, from a
+cache, would be routed otherwise), `after_step(counts)` and `check_pool(pool)`, which raises
+UserError for experts that it cannot work with.
 
 A router that does not fit is any module with `forward(hidden [T, D], context) -> Routing`,
 `causal`, `sees_batch` and `after_step(counts [E])`. To give a router a name, register a factory
@@ -125,6 +127,19 @@ class PipelineRouter(nn.Module):
         for edit in self.edits:
             routing = edit(routing, context)
         return routing
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a token alone, from a cache, is routed as it is within its sequence."""
+        return all(
+            getattr(part, "decodes", getattr(part, "causal", True)) for part in self._parts()
+        )
+
+    def check_pool(self, pool: nn.Module) -> None:
+        """UserError where a part cannot work with the experts of `pool`."""
+        for part in self._parts():
+            if hasattr(part, "check_pool"):
+                part.check_pool(pool)
 
     def after_step(self, counts: Tensor) -> None:
         """Hand the pairs of each expert [E], over all processes and micro-batches, to the parts."""

@@ -30,7 +30,8 @@ def cut_submodel(
     """
     config = _sub_config(model.config, experts, top_k, depth)
     kept = spaced_layers(config.num_hidden_layers, model.config.num_hidden_layers)
-    part = MoekitForCausalLM(config).to(model.dtype)
+    part = MoekitForCausalLM(config)
+    part.to(dtype=model.dtype)
     whole = model.state_dict()
     for name, value in part.state_dict().items():
         source = whole[_name_in_whole(name, kept)]
@@ -42,10 +43,8 @@ def cut_submodel(
 def _sub_config(
     config: MoekitConfig, experts: int | None, top_k: int | None, depth: int | None
 ) -> MoekitConfig:
-    moe = copy.deepcopy(config.moe)
-    router = moe.get("router") if moe else None
-    if not isinstance(router, dict) and router != "elastic":
-        raise UserError("only a model with router 'elastic' has sub-models to cut out")
+    moe = copy.deepcopy(config.moe) or {"router": "dense"}
+    router = moe["router"]
     router = {"name": router} if isinstance(router, str) else router
     if router["name"] != "elastic":
         raise UserError(f"router {router['name']!r} has no sub-models; train with 'elastic'")

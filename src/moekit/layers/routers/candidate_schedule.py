@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def candidate_schedule_router(
 
     Raises UserError where `candidates` is below `top_k` or `end` not after `start`.
     """
-    router = pipeline_router(width, num_experts, top_k, weights=weights, bias_rate=bias_rate)
+    router: Any = pipeline_router(width, num_experts, top_k, weights=weights, bias_rate=bias_rate)
     if candidates is None:
         return router
     if not top_k <= candidates <= num_experts:

@@ -109,7 +109,7 @@ class PooledScore(nn.Module):
 
     def _sizes(self, documents: int, context: RouterContext) -> Tensor:
         if not context.training:
-            return torch.full((documents,), self.evaluation)
+            return torch.full((documents,), self.evaluation or self.num_experts)
         generator = context.generator("size of document pools")
         return torch.randint(self.smallest, self.largest + 1, (documents,), generator=generator)
 

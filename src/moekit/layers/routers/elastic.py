@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ def elastic_router(
         raise UserError(f"eval_top_k {used} exceeds eval_experts {kept}")
     if not 0 <= full <= 1:
         raise UserError(f"full {full} is not a probability")
-    router = pipeline_router(width, num_experts, top_k, weights=weights)
+    router: Any = pipeline_router(width, num_experts, top_k, weights=weights)
     router.score = ElasticScore(width, num_experts, elasticity)
     router.select = ElasticTopK(elasticity)
     if bias_rate:

@@ -49,6 +49,8 @@ class MixedScore(nn.Module):
     The softmax of these logits gives back the average. The experts see the token alone.
     """
 
+    decodes = False
+
     def __init__(self, width: int, num_experts: int, graph: str, temperature: float) -> None:
         super().__init__()
         self.graph, self.temperature = graph, temperature
@@ -109,13 +111,10 @@ def graph_of_tokens_router(
     one_of("graph", graph, GRAPHS)
     if temperature <= 0:
         raise UserError(f"temperature {temperature} is not above 0")
-    router = PipelineRouter(
+    return PipelineRouter(
         num_experts,
         score=MixedScore(width, num_experts, graph, temperature),
         squash=softmax,
         select=TopK(top_k),
         weigh=WEIGHTS[weights](),
     )
-    # A token alone, from a cache, would be routed without the tokens before it.
-    router.decodes = False
-    return router

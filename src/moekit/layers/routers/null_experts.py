@@ -12,6 +12,7 @@ from moekit.core.errors import UserError
 from moekit.core.registry import register
 
 from ..context import RouterContext
+from ..experts.zero_computation import ZeroExperts
 from ..router import Choice, PipelineRouter
 from ..score import LinearScore
 from ..select import TopK
@@ -28,6 +29,15 @@ class RealWeights:
     def __init__(self, null: int) -> None:
         self.null = null
         self.renormalise = RenormalisedWeights()
+
+    def check_pool(self, pool: nn.Module) -> None:
+        """UserError unless the last `null` experts of `pool` add nothing."""
+        types = [type(bank) for bank in pool.banks for _ in range(bank.num_experts)]
+        if any(kind is not ZeroExperts for kind in types[len(types) - self.null :]):
+            raise UserError(
+                f"null is {self.null}, but the last {self.null} experts of the pool are not all "
+                "of type zero"
+            )
 
     def __call__(self, scores: Tensor, choice: Choice, context: RouterContext) -> Tensor:
         real = torch.arange(scores.shape[1], device=scores.device) < scores.shape[1] - self.null

@@ -105,7 +105,7 @@ class TypedCapacity(Capacity):
         "experts' input, which is not done here."
     ),
     options={
-        "null": "zero experts, the last of the pool; only weights real reads it",
+        "null": "with weights real, how many zero experts the pool ends with",
         "score": f"of the token alone: {', '.join(SCORES)} (8 E wide with tanh, as released)",
         "residual": f"map of the layer before's logits: {', '.join(RESIDUALS)}",
         "weights": "raw as in the paper; real as released: renormalised over all but null experts",
@@ -142,6 +142,8 @@ def zero_computation_router(
     ):
         one_of(what, value, known)
     check_null(null, num_experts)
+    if null and weights != "real":
+        raise UserError(f"null {null} is for weights real; with weights {weights} leave it out")
     for what, number in (("tau", tau), ("capacity", capacity), ("eval_capacity", eval_capacity)):
         if number is not None and number <= 0:
             raise UserError(f"{what} {number} is not above 0")
