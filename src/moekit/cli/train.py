@@ -30,7 +30,9 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Directory of the result, or the file of a planned recipe."),
+        typer.Option(
+            "--out", "-o", help="Directory of the result, or the file of a planned recipe."
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
