@@ -12,6 +12,7 @@ from moekit.core.load import load_language_model
 from moekit.evaluate.bits_per_byte import bits_per_byte
 from moekit.evaluate.text import Sample
 from moekit.upcycle.run import Request, upcycle
+from tests.models import write_tiny_model
 from tests.upcycle.dense_models import SHAPE, TEXTS, logits, read, tokens, write_dense
 
 # Logarithms of sums of exponentials, in float32.
@@ -20,7 +21,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 def btm(out, base, others, method="branch-train-merge", data=(), **options):
     others = tuple(map(str, others))
-    return upcycle(Request(method, str(base), others, options, data=data), out)
+    return upcycle(Request(method, str(base), others, options, data=data), out, check=False)
 
 
 def likely(model, ids):
@@ -178,6 +179,14 @@ def test_experts_of_two_families_share_a_vocabulary(family_of_models, tmp_path):
         start = model(ids[:, :6], use_cache=True)
         rest = model(ids[:, 6:], past_key_values=start.past_key_values).logits
     torch.testing.assert_close(rest, logits(model, ids)[:, 6:], **CLOSE)
+
+
+def test_experts_may_be_mixtures_themselves(family_of_models, tmp_path):
+    moe = write_tiny_model(tmp_path / "moe")
+    btm(tmp_path / "all", family_of_models["base"], [moe])
+    model, ids = read(tmp_path / "all"), tokens()
+    model.config.prior = [0.0, 1.0]
+    torch.testing.assert_close(logits(model, ids), likely(read(moe), ids), **CLOSE)
 
 
 def test_the_files_say_what_loads_them(family_of_models, tmp_path):

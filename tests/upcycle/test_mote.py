@@ -11,8 +11,8 @@ from moekit.upcycle.run import Request, upcycle
 from tests.upcycle.dense_models import logits, read, tokens
 
 
-def run(out, method, base, data=(), **options):
-    return upcycle(Request(method, str(base), (), options, data=data), out)
+def run(out, method, base, data=(), check=False, **options):
+    return upcycle(Request(method, str(base), (), options, data=data), out, check=check)
 
 
 def blocks(model):
@@ -20,7 +20,7 @@ def blocks(model):
 
 
 def test_experts_that_add_nothing_leave_the_source(family_of_models, tmp_path):
-    result = run(tmp_path / "mote", "mote", family_of_models["base"], preserve=True)
+    result = run(tmp_path / "mote", "mote", family_of_models["base"], preserve=True, check=True)
     assert result.measured == 0
     assert result.start.equal_to == "the source"
     assert torch.equal(
@@ -70,7 +70,7 @@ def test_training_moves_experts_and_routers_alone_and_lowers_the_loss(family_of_
 
 def test_packed_experts_compute_the_same_in_less_room(family_of_models, tmp_path):
     run(tmp_path / "mote", "mote", family_of_models["base"])
-    result = run(tmp_path / "packed", "pack-ternary", tmp_path / "mote")
+    result = run(tmp_path / "packed", "pack-ternary", tmp_path / "mote", check=True)
     assert result.measured <= result.start.tolerance
     sizes = {
         name: sum(

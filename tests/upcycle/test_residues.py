@@ -17,9 +17,9 @@ from tests.upcycle.dense_models import dense_config, logits, read, tokens, write
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def made(out, method, base, others=(), data=(), **options):
+def made(out, method, base, others=(), data=(), check=False, **options):
     others, data = tuple(map(str, others)), tuple(map(str, data))
-    return upcycle(Request(method, str(base), others, options, data=data), out)
+    return upcycle(Request(method, str(base), others, options, data=data), out, check=check)
 
 
 def twin(out, models, **options):
@@ -187,7 +187,7 @@ def test_flexmore_of_mixed_ranks_expands_to_a_stock_moe(family_of_models, tmp_pa
         data=[family_of_models["texts"]],
         domains="code prose",
     )
-    result = made(tmp_path / "stock", "expand-residues", tmp_path / "flex")
+    result = made(tmp_path / "stock", "expand-residues", tmp_path / "flex", check=True)
     assert result.measured <= result.start.tolerance
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     assert type(stock).__name__ == "Qwen3MoeForCausalLM"
