@@ -14,6 +14,8 @@ V3 = {"name": "deepseek-v3", "groups": 2, "keep_groups": 1}
 CASES = {
     "qwen3_moe": ({}, {}),
     "qwen3_moe raw": ({"router": "softmax-raw", "layers": [0, 2]}, {"tie_word_embeddings": True}),
+    "qwen3_moe rounded": ({"router": "token-rounding"}, {"elastic_depth": {"depths": [2]}}),
+    "qwen3_moe candidates": ({"router": {"name": "rexmoe", "candidates": 2}}, {}),
     "mixtral": ({"layers": None}, {"attention": "mixtral"}),
     "dots1": ({"router": "loss-free", "shared": SHARED}, {}),
     "deepseek_v3": ({"router": V3, "shared": SHARED, "experts": {**SWIGLU, "count": 8}}, LATENT),

@@ -22,6 +22,8 @@ from .experts.ffn import SwiGLUExperts
 from .model import DenseMLP, MoekitForCausalLM
 from .moe import MoELayer
 from .router import PipelineRouter
+from .routers.candidate_schedule import RandomCandidates
+from .routers.token_rounding import TileRounding
 from .score import LinearScore
 from .select import TopK
 from .terms import ExpertBias, GroupLimit, Noise
@@ -98,6 +100,8 @@ def _stock_config(model: MoekitForCausalLM) -> Any:
             f"attention {config.attention}, {rule.squash} scores, {shared} a shared expert"
         )
     family, dense_field = found
+    if (config.elastic_depth or {}).get("eval", len(layers)) != len(layers):
+        raise _NoStock("layers that are left out")
     if config.sliding_window is not None:
         raise _NoStock("a sliding window")
     if rule.squash == "softmax" and (rule.scale != 1 or rule.groups > 1):
@@ -159,13 +163,15 @@ def _rule(layer: nn.Module) -> _Rule:
     squash = "sigmoid" if router.squash is torch.sigmoid else router.squash.__name__
     for edit in router.edits:
         trains = isinstance(edit, Capacity) and edit.eval_factor is None
-        if not trains and not isinstance(edit, SecondThinning):
+        if not trains and not isinstance(edit, (SecondThinning, TileRounding)):
             raise _NoStock("pairs that are dropped outside of training")
     groups = keep = 1
     for term in router.terms:
         if type(term) is GroupLimit and term.best == 2:
             groups, keep = term.groups, term.keep
-        elif not (type(term) is ExpertBias and squash == "sigmoid") and type(term) is not Noise:
+        elif not (type(term) is ExpertBias and squash == "sigmoid") and not isinstance(
+            term, (Noise, RandomCandidates)
+        ):
             raise _NoStock(f"the term {type(term).__name__} of the choice")
     bank, shared_width = banks[0], 0
     width = bank.down_proj.shape[-1]
