@@ -76,6 +76,11 @@ def test_a_cache_changes_nothing():
     assert torch.equal(cached, whole)
 
 
+def test_a_capacity_does_not_forbid_a_cache():
+    built = model({"router": "gshard"})
+    assert built.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
 def test_a_router_that_looks_ahead_refuses_a_cache():
     built = model({"router": "expert-choice"})
     with pytest.raises(UserError, match="use_cache=False"):

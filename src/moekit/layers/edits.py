@@ -25,6 +25,8 @@ class Capacity:
     """
 
     sees_batch = True
+    # A token alone fills no expert: from a cache nothing is dropped, whatever the prompt lost.
+    decodes = True
 
     def __init__(
         self, factor: float | None, order: str, top_k: float, eval_factor: float | None
