@@ -70,6 +70,16 @@ def pad_batches(
         yield Batch(ids, mask, [domain for _, domain in group])
 
 
+def by_length(sequences: Iterable[Tensor], most: int = 8) -> Iterator[Tensor]:
+    """Sequences [1, S] of ids, those of one length together [B, S]: nothing is padded."""
+    groups: dict[int, list[Tensor]] = {}
+    for ids in sequences:
+        groups.setdefault(ids.shape[1], []).append(ids)
+    for group in groups.values():
+        for start in range(0, len(group), most):
+            yield torch.cat(group[start : start + most])
+
+
 def collect(
     view: MoEView,
     batches: Iterable[Batch | Tensor],

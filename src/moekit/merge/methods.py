@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.merge import competition, spherical, subspace
+from moekit.merge.adamerging import METHODS as ADAMERGING
 from moekit.merge.consensus import Consensus
+from moekit.merge.frank_wolfe import METHODS as FRANK_WOLFE
 from moekit.merge.job import REQUIRED, ByTensor, MergeMethod, Prepare, Rows, TensorJob
-from moekit.merge.learned import METHODS as LEARNED
 from moekit.merge.pleas import METHOD as PLEAS
 from moekit.merge.sparsify import Density
 from moekit.merge.statistics import METHODS as STATISTICS
@@ -340,7 +341,7 @@ OTHERS = (
 )
 
 
-NAMED = (*OTHERS, *STATISTICS, *LEARNED, PLEAS)
+NAMED = (*OTHERS, *STATISTICS, *ADAMERGING, *FRANK_WOLFE, PLEAS)
 ALL = (*TASK_VECTORS, *(method.name for method in NAMED))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from moekit.core.collect import by_length
 from moekit.core.errors import UserError
 from moekit.merge.job import TensorJob
 
@@ -80,7 +81,7 @@ class Mixture:
         `kind` is "entropy" of the next token or "cross-entropy" with it. Returns the mean loss.
         """
         total = 0.0
-        for batch in _by_length(sequences):
+        for batch in by_length(sequences):
             loss = token_loss(self.network, batch, kind) * (len(batch) / len(sequences))
             (loss * share).backward()
             total += float(loss.detach())
@@ -105,11 +106,3 @@ def token_loss(network: PreTrainedModel, ids: Tensor, kind: str) -> Tensor:
         log = logits.log_softmax(-1)
         return -(log.exp() * log).sum(-1).mean()
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def _by_length(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Sequences of one length as one batch, so that nothing is padded."""
-    groups: dict[int, list[Tensor]] = {}
-    for ids in sequences:
-        groups.setdefault(ids.shape[1], []).append(ids)
-    return [torch.cat(group) for group in groups.values()]

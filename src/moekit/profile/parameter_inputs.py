@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.core.collect import Batch
+from moekit.core.collect import Batch, by_length
 from moekit.core.find import find_moe
 from moekit.core.view import MoEView
 from moekit.profile.pass_ import profile
@@ -49,18 +49,19 @@ def parameter_inputs(
     are neither are left out, and so are embeddings: nothing is multiplied there.
     """
     found = ParameterInputs(kind)
+    batches = list(by_length(sequences))
     linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
     for group in _groups(linears, kind, limit_bytes):
         sums = _LinearSums(kind)
         with sums.attached(group), torch.no_grad():
-            for ids in sequences:
+            for ids in batches:
                 model(input_ids=ids, use_cache=False)
         for name, _ in group:
             value = sums.mean(name)
             if value is not None:
                 found.values[f"{name}.weight"], found.axis[f"{name}.weight"] = value, -1
     if find_moe(model):
-        _add_experts(model, sequences, found)
+        _add_experts(model, batches, found)
     return found
 
 
@@ -127,14 +128,14 @@ class _LinearSums:
         return self._sums[leader] / self._tokens[leader]
 
 
-def _add_experts(model: nn.Module, sequences: Sequence[Tensor], found: ParameterInputs) -> None:
+def _add_experts(model: nn.Module, batches: Sequence[Tensor], found: ParameterInputs) -> None:
     view = MoEView(model)
     full = found.kind == "second"
     names = ("input_second", "middle_second") if full else ("input_abs", "middle_abs")
     with tempfile.TemporaryDirectory() as scratch:
         stats = profile(
             view,
-            [Batch(ids) for ids in sequences],
+            [Batch(ids) for ids in batches],
             sets=["full" if full else "diagonal"],
             scratch=Path(scratch),
         )
