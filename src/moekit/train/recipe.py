@@ -95,8 +95,10 @@ class TrainRecipe:
     `micro_windows` of them go through the model at a time. With `recompute` only the layers' inputs
     are kept for the backward pass, which computes the rest again; with `shard` every process keeps
     its slice of parameters, gradients and optimiser state (FSDP2). `freeze` names `PARTS` that do
-    not learn, and from the fraction `freeze_routers_at` of the run on routers do not either. Probes
-    hold the router logits too with `probe_logits`: 2 bytes a token, MoE layer and expert.
+    not learn, and from the fraction `freeze_routers_at` of the run on routers do not either. With
+    `consistency` every micro-batch runs twice and the divergence of the passes, in which a random
+    router chooses differently, counts so much in the loss (THOR, arXiv 2110.04260). Probes hold the
+    router logits too with `probe_logits`: 2 bytes a token, MoE layer and expert.
     """
 
     tokens: int = 1_000_000
@@ -112,6 +114,7 @@ class TrainRecipe:
     shard: bool = False
     freeze: tuple[str, ...] = ()
     freeze_routers_at: float = 1.0
+    consistency: float = 0.0
     init_std: float | None = None
     zero_output: bool = True
     log_every: int = 10
@@ -251,6 +254,8 @@ def _check_parts(train: TrainRecipe) -> None:
         raise UserError(
             f"train.freeze_routers_at is {train.freeze_routers_at}; it is a fraction of the run."
         )
+    if train.consistency < 0:
+        raise UserError(f"train.consistency is {train.consistency}; it is a weight, 0 or more.")
 
 
 def _check_losses(balance: BalanceRecipe) -> None:

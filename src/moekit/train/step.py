@@ -1,5 +1,6 @@
 """One optimiser step: forward and backward over the micro-batches of this process."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.layers import MoekitForCausalLM, RouterContext, Routing
 from moekit.layers.balance.losses import balance_loss
+from moekit.layers.routers.stochastic import consistency_loss
 
 from .balance import BalanceRules
 from .distill import Teacher
@@ -41,15 +43,18 @@ def build_losses(
     cross-entropy, balance loss, routings).
 
     The balance loss is the one that is reported: Switch's of this micro-batch, averaged over
-    layers. `compiled=False` overrules the recipe. A `teacher` adds its loss.
+    layers. `compiled=False` overrules the recipe. A `teacher` adds its loss. With consistency the
+    objective holds the mean cross-entropy of two passes and half the weighted divergence; routings
+    and what is reported are those of the first.
     """
+    twice = recipe.consistency > 0
 
     def forward(ids: Tensor, context: RouterContext) -> tuple[Tensor, Tensor | None]:
         kind = ids.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = tap.forward(model, ids[:, :-1], context)
         nats = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-        return nats, logits if teacher is not None else None
+        return nats, logits if teacher is not None or twice else None
 
     cross_entropy = torch.compile(forward) if recipe.compile and compiled else forward
 
@@ -59,6 +64,8 @@ def build_losses(
         if teacher is not None and logits is not None:
             objective = objective + teacher.loss(ids[:, :-1], logits, progress)
         records = tap.records
+        if twice and logits is not None:
+            objective = objective + second_pass(ids, context, nats, logits)
         scored = [r for r in records if r.logits is not None or r.scores is not None]
         judged = scored if balance.lenient else records
         layers = []
@@ -67,6 +74,13 @@ def build_losses(
         for loss in balance.losses:
             objective = objective + loss(judged, context, layers, progress).to(nats.device)
         return objective, nats.detach(), _unevenness(scored, nats), records
+
+    def second_pass(ids: Tensor, context: RouterContext, nats: Tensor, logits: Tensor) -> Tensor:
+        """What a second pass adds to the first one's objective."""
+        # No first pass has a negative part, so the draws of this one are its own.
+        again, other = cross_entropy(ids, dataclasses.replace(context, part=-1 - context.part))
+        divergence = consistency_loss(logits, other) / other[..., 0].numel()
+        return (again - nats + recipe.consistency * divergence) / 2
 
     return losses
 
