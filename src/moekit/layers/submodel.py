@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def cut_submodel(
     """
     config = _sub_config(model.config, experts, top_k, depth)
     kept = spaced_layers(config.num_hidden_layers, model.config.num_hidden_layers)
-    part = MoekitForCausalLM(config)
+    part: Any = MoekitForCausalLM(config)
     part.to(dtype=model.dtype)
     whole = model.state_dict()
     for name, value in part.state_dict().items():

@@ -5,6 +5,8 @@ Letters: T tokens, E experts (null ones included), D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class RealWeights:
         self.null = null
         self.renormalise = RenormalisedWeights()
 
-    def check_pool(self, pool: nn.Module) -> None:
+    def check_pool(self, pool: Any) -> None:
         """UserError unless the last `null` experts of `pool` add nothing."""
         types = [type(bank) for bank in pool.banks for _ in range(bank.num_experts)]
         if any(kind is not ZeroExperts for kind in types[len(types) - self.null :]):
