@@ -65,3 +65,9 @@ def test_what_no_family_has_is_said(moe, why):
 def test_what_only_training_does_is_no_difference():
     built = model({"router": {"name": "softmax-raw", "noise": 0.1, "capacity": 1.0}})
     assert stock_family(built) == "qwen3_moe"
+
+
+def test_attention_experts_are_no_stock_family():
+    heads = {"type": "heads", "count": 4, "top_k": 2, "router": "softmax-raw"}
+    with pytest.raises(UserError, match="experts in its attention"):
+        to_stock(model(moe_attention=heads))

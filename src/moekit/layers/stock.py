@@ -102,6 +102,8 @@ def _stock_config(model: MoekitForCausalLM) -> Any:
     family, dense_field = found
     if (config.elastic_depth or {}).get("eval", len(layers)) != len(layers):
         raise _NoStock("layers that are left out")
+    if config.moe_attention is not None:
+        raise _NoStock("experts in its attention")
     if config.sliding_window is not None:
         raise _NoStock("a sliding window")
     if rule.squash == "softmax" and (rule.scale != 1 or rule.groups > 1):
