@@ -33,7 +33,7 @@ def test_writes_says_and_measures_step_0(moekit, models, tmp_path):
 
 
 def test_dry_run_writes_nothing(moekit, models, tmp_path):
-    method = "deepseek-moe:experts=12"
+    method = "dynamic-dino:experts=8"
     done = moekit("upcycle", models / "base", tmp_path / "out", "--method", method, "--dry-run")
     assert done.code == 0, done.err
     assert "would write" in done.out

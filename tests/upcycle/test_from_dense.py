@@ -32,7 +32,10 @@ SETTINGS = [
 
 PLAIN: dict[str, object] = {}
 GRID = [(family, options) for family in sorted(TARGETS) for options in SETTINGS]
-FAST = [(f, o) for f, o in GRID if o == PLAIN or f == "llama" or (f == "qwen3" and "shared" in o)]
+# The plain setting of every family is loaded below; llama has a class for each of the others.
+FAST = [
+    (f, o) for f, o in GRID if o != PLAIN and (f == "llama" or (f == "qwen3" and "shared" in o))
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def test_equal_to_the_dense_model_in_every_setting(dense, tmp_path, family, opti
         ("llama", {}, "mixtral"),
         ("mistral", {}, "mixtral"),
         ("llama", {"layers": "every-second"}, "qwen2_moe"),
-        ("llama", {"target": "glm4_moe", "shared": 0.25, "slices": 3, "experts": 12}, "glm4_moe"),
+        ("llama", {"target": "glm4_moe", "shared": 1 / 3, "slices": 2}, "glm4_moe"),
         ("qwen2", {}, "qwen2_moe"),
         ("qwen3", {}, "qwen3_moe"),
         ("qwen3", {"shared_copies": 1}, "glm4_moe"),
@@ -117,9 +120,9 @@ def test_the_nearest_class_that_holds_it(dense, tmp_path, family, options, targe
         {"reinit": 0.5},
         {"noise": 0.1},
         {"weights": "raw"},
-        {"slices": 4, "experts": 8, "top_k": 2},
-        {"slices": 4, "experts": 8, "top_k": 4, "router_noise": 1.0},
-        {"slices": 4, "experts": 8, "top_k": 4, "keep_output": False},
+        {"slices": 3, "experts": 6, "top_k": 2},
+        {"slices": 3, "experts": 6, "top_k": 3, "router_noise": 1.0},
+        {"slices": 3, "experts": 6, "top_k": 3, "keep_output": False},
     ],
     ids=lambda o: "-".join(o),
 )
@@ -182,7 +185,9 @@ def test_layers_by_name_and_number():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"slices": 5, "experts": 10, "top_k": 5}, "48 routed neurons cannot be cut into 5"),
+        ({"slices": 5, "experts": 10}, "48 routed neurons cannot be cut into 5"),
+        # 12 neurons: rows of 24 bytes in bfloat16, which torch's grouped product refuses.
+        ({"slices": 4}, "slices may be 1, 2, 3, 6"),
         ({"experts": 6, "slices": 4}, "multiple of slices"),
         ({"experts": 2, "top_k": 3}, "1 to 2 experts"),
         ({"shared": 1.0}, "share of the neurons"),

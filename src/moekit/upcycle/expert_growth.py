@@ -96,12 +96,12 @@ def expert_upcycling(
     ]
     for name, axis in axes.items():
         tensor: Any = made[name]
-        position = layer_of(name, paths)
-        assert position is not None
-        order = orders[position]
+        place = layer_of(name, paths)
+        assert place is not None
+        order = orders[place]
         entries = axis.entries(order, before, tensor.shape[axis.axis])
         grown_tensor: Any = tensor.index_select(axis.axis, torch.tensor(entries))
-        if router_noise and name in noisy[position]:
+        if router_noise and name in noisy[place]:
             grown_tensor = _untied(grown_tensor, order, axis.axis, router_noise, job.seed, name)
         made[name] = grown_tensor
     copies = {s.spec.path: order for s, order in zip(sources, orders, strict=True)}
@@ -281,6 +281,6 @@ def _adds_up(spec: LayerSpec) -> bool:
     """Whether the weights of copies add up to that of the expert alone."""
     # Copies share a softmax, but each has the whole selection bias.
     halved = spec.score == "softmax" and not spec.has_correction_bias
-    known = halved or (spec.score == "sigmoid" and spec.normalize)
+    known = halved or (spec.score == "sigmoid" and bool(spec.normalize))
     plain = spec.selection == "topk" and spec.num_groups == 1 and not spec.normalizes_with_shared
     return known and plain and not spec.scales_input

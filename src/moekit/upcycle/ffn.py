@@ -5,6 +5,7 @@ Shapes: D width, F neurons. Nothing here reads a weight before the result is wri
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +62,7 @@ def scaled(ffn: FFN, factor: float) -> FFN:
 
 def each(ffn: FFN, change: Callable[[str, Tensor], Tensor]) -> FFN:
     """The network with every matrix replaced by `change(part, matrix)`, taken when it is read."""
-    made = {
-        part: mapped(getattr(ffn, part), lambda whole, part=part: change(part, whole))
-        for part in PARTS
-    }
+    made = {part: mapped(getattr(ffn, part), functools.partial(change, part)) for part in PARTS}
     return FFN(ffn.name, **made)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
+from moekit.core.result_shape import STOCK_ALIGN
 from moekit.core.seeds import generator
 from moekit.upcycle.assemble import MoEParts, assemble
 from moekit.upcycle.converter import Job, Made, upcycler
@@ -26,6 +27,7 @@ from moekit.upcycle.start import ROUNDING, Start
 from moekit.upcycle.targets import Target, Wanted, choose_target
 
 WEIGHTS = ("renormalised", "raw")
+MOST_TOLD = 12
 PARTITIONS = ("contiguous", "snake")
 # A factor that is no power of two rounds the down projections, by half a unit in the last place.
 ROUNDED = 2.0**-6
@@ -163,11 +165,12 @@ def _shape(
 ) -> Shape:
     common = round(width * shared)
     routed = width - common
-    if routed % slices:
-        shares = [s for s in range(1, routed + 1) if routed % s == 0 and s <= 64]
+    if routed % (slices * STOCK_ALIGN):
+        cuts = [s for s in range(1, routed + 1) if routed % (s * STOCK_ALIGN) == 0]
         raise UserError(
-            f"{routed} routed neurons cannot be cut into {slices} equal slices; slices may be "
-            f"{', '.join(map(str, shares))}."
+            f"{routed} routed neurons cannot be cut into {slices} slices of equal width, a "
+            f"multiple of {STOCK_ALIGN} as the kernels of stock models need; slices may be "
+            f"{', '.join(map(str, cuts[:MOST_TOLD])) or 'of no number: change shared'}."
         )
     return Shape(experts, top_k, slices, routed, common, shared_copies)
 

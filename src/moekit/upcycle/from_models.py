@@ -8,6 +8,7 @@ where the router will read. The published methods are settings of this. E expert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moekit.core.seeds import generator
 from moekit.core.source_model import SourceModel
 from moekit.upcycle.assemble import MoEParts, assemble
 from moekit.upcycle.converter import Entry, Job, Made, preset, upcycler
+from moekit.upcycle.domain_texts import DOMAINS_HELP, texts_of_others
 from moekit.upcycle.ffn import FFN, dense_ffn, each, mean, scaled
 from moekit.upcycle.layer_choice import CHOICES, chosen_layers
 from moekit.upcycle.router_inputs import RouterInputs, rows_from_inputs
@@ -28,6 +30,8 @@ from moekit.upcycle.targets import Target, Wanted, choose_target
 
 MEASURED = ("hidden-last", "hidden-mean", "embedding")
 RESTS = ("mean", "base")
+# Of --data: so many documents of a domain, so many characters of each.
+DOCUMENTS, TEXT = 32, 2000
 # Above this a router's rows are nearly dependent (mergekit's limit).
 DEGENERATE = 5.0
 
@@ -43,7 +47,8 @@ DEGENERATE = 5.0
         "rest": "mean or base: everything but the experts, of all experts or the base's",
         "layers": f"which layers get experts: {CHOICES}",
         "router": f"{', '.join((*ROUTERS, *MEASURED))}: the router's rows; the last three are "
-        "measured on the prompts of a recipe",
+        "measured on the prompts of a recipe or on --data, by domain",
+        "domains": DOMAINS_HELP,
         "centre": "take out of measured rows what all experts have in common",
         "weights": "renormalised or raw: of the chosen experts",
         "target": "the MoE family; the nearest that holds the result unless given",
@@ -57,6 +62,7 @@ def models_to_moe(
     rest: str = "mean",
     layers: str = "all",
     router: str = "random",
+    domains: str | None = None,
     centre: bool = True,
     weights: str = "renormalised",
     target: str | None = None,
@@ -70,6 +76,8 @@ def models_to_moe(
         raise UserError(
             f"router {router!r} is unknown; there are {', '.join((*ROUTERS, *MEASURED))}."
         )
+    if router in MEASURED and job.data and not job.entries:
+        job = _prompted(job, domains)
     models, entries, shared = _experts(job, with_base)
     if not 1 <= top_k <= len(models):
         raise UserError(f"top_k is {top_k}; there are {len(models)} experts.")
@@ -99,6 +107,13 @@ def models_to_moe(
     same = all(model.directory == job.base.directory for model in models)
     plain = same and not shared and all(e == Entry(e.positive, e.negative) for e in entries)
     return Made(made, assemble(found, made, kept, parts), _start(plain, weights), notes)
+
+
+def _prompted(job: Job, domains: str | None) -> Job:
+    """The job with the beginnings of the first documents of its domain as prompts of each model."""
+    found = texts_of_others(job, domains)
+    entries = [Entry(tuple(text[:TEXT] for text in texts[:DOCUMENTS])) for texts in found]
+    return replace(job, entries=tuple(entries))
 
 
 def _experts(
@@ -219,7 +234,7 @@ def _check_prompts(entries: Sequence[Entry]) -> None:
     if without:
         raise UserError(
             f"expert {without[0]} has no positive prompts, from which its row of the router is "
-            "measured; give them in a recipe, or choose router=random."
+            "measured; give them in a recipe, give --data by domain, or choose router=random."
         )
     said = {(entry.positive, entry.negative) for entry in entries}
     if len(said) == 1:

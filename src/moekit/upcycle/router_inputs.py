@@ -100,5 +100,7 @@ def rows_from_inputs(positive: Tensor, negative: Tensor | None, centre: bool) ->
         common = common / common.norm().clamp(min=torch.finfo(torch.float32).tiny)
         rows = rows - (rows @ common)[:, None] * common
     rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    if len(rows) < 2:
+        return rows
     spread = float((positive @ rows.T).std())
-    return rows / spread if len(rows) > 1 and spread > 0 else rows
+    return rows / spread if spread > 0 else rows

@@ -25,7 +25,7 @@ from moekit.core.model_card import CARD_FILE
 from moekit.core.model_files import side_files
 from moekit.core.record import start_record
 from moekit.core.source_model import SourceModel, open_source
-from moekit.core.stats import ExpertStats
+from moekit.core.stats_files import open_stats
 from moekit.core.write_model import fill, state_of
 from moekit.core.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_output
 from moekit.upcycle.card import card
@@ -112,7 +112,7 @@ def upcycle(
                 base,
                 others,
                 seed,
-                None if stats is None else ExpertStats.load(stats),
+                None if stats is None else open_stats(Path(stats)),
                 request.entries,
                 request.data,
                 dry_run,
@@ -162,8 +162,9 @@ def upcycle(
             note=note,
         )
         result.seconds = record.seconds
-    for line in result.notes if note is not None else ():
-        note(line)
+    if note is not None:
+        for line in result.notes:
+            note(line)
     return result
 
 

@@ -195,7 +195,7 @@ def _averaged(experts: Sequence[FFN], shares: Tensor, align: bool) -> FFN:
 
 def _rows(expert: FFN) -> Tensor:
     parts = [getattr(expert, part).read() for part in PARTS]
-    return neuron_rows(ExpertWeights(*parts, None, None, None))
+    return neuron_rows(ExpertWeights(*parts))
 
 
 def _side_by_side(experts: Sequence[FFN], shares: Tensor, count: int) -> FFN:
