@@ -23,7 +23,7 @@ from moekit.core.new_banks import NewBanks
 from moekit.core.new_experts import CodecAt, NewExperts, decode_expert
 from moekit.core.plan import ExpertPlan
 from moekit.core.result_shape import STOCK_ALIGN, ResultShape, result_shape
-from moekit.core.rewrite import EncodedExpert, Rewrite, changes_others
+from moekit.core.rewrite import EncodedExpert, Read, Rewrite, changes_others
 from moekit.core.router_edit import edit_router_tensor, with_dead_entries
 from moekit.core.spec import MoESpec, spec_of
 from moekit.core.spill import Spill
@@ -35,10 +35,12 @@ Result = ExpertWeights | EncodedExpert
 @dataclass(frozen=True)
 class ResultLayer:
     """The computed experts of a layer: `slots` are the original ids at the places of the router,
-    None for a dead one; `make(id)` computes an expert, which is to be padded to `width`."""
+    None for a dead one; `make(id)` computes an expert, which is to be padded to `width`, and
+    `unrounded(id)` the same before the bits of the plan."""
 
     slots: list[int | None]
     make: Callable[[int], Result]
+    unrounded: Callable[[int], Result]
     width: int
 
 
@@ -185,15 +187,16 @@ def _new_banks(
         if index not in changed:
             continue
         make = functools.partial(_result, experts_of, source)
+        unrounded = functools.partial(_result, experts_of.unrounded, source)
         slots, width = shape.slots[index], shape.widths[index]
-        computed[index] = ResultLayer(slots, make, width)
+        computed[index] = ResultLayer(slots, make, unrounded, width)
         dense = functools.partial(_dense, make, source.views(0).down.dtype)
         made.update(NewBanks(source, site, layer, slots, dense, spill, tensors).tensors())
     return computed
 
 
-def _result(experts_of: NewExperts, source: ExpertSource, expert: int) -> Result:
-    return experts_of(source.spec.layer_index, expert, source.read)
+def _result(make: Callable[[int, int, Read], Result], source: ExpertSource, expert: int) -> Result:
+    return make(source.spec.layer_index, expert, source.read)
 
 
 def _dense(make: Callable[[int], Result], dtype: torch.dtype, expert: int) -> ExpertWeights:

@@ -65,6 +65,13 @@ class NewExperts:
 
     def __call__(self, layer: int, expert: int, read: Read) -> ExpertWeights | EncodedExpert:
         """The resulting expert that survives under the original id `expert`."""
+        made, bits = self.unrounded(layer, expert, read), self._plan.action(layer, expert).bits
+        if bits is None or not isinstance(made, ExpertWeights) or self._rewrite is not None:
+            return made
+        return encode_expert(made, self._codec_at(bits))
+
+    def unrounded(self, layer: int, expert: int, read: Read) -> ExpertWeights | EncodedExpert:
+        """The same before its bits: for a target that encodes experts as the plan says itself."""
         action = self._plan.action(layer, expert)
         members = self._plan.groups(layer).get(expert, {expert: 1.0})
 
@@ -80,7 +87,7 @@ class NewExperts:
             made = select_neurons(made, torch.arange(action.width))
         if action.rank is not None:
             made = truncate_rank(made, action.rank)
-        return made if action.bits is None else encode_expert(made, self._codec_at(action.bits))
+        return made
 
 
 def fold(members: Mapping[int, float], read: Read) -> ExpertWeights:

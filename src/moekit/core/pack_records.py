@@ -49,7 +49,8 @@ class PackedSource:
             return self.source.read(slot)
         original = self.computed.slots[slot]
         assert original is not None
-        made = self.computed.make(original)
+        # The record encodes it, with the codec of its bits.
+        made = self.computed.unrounded(original)
         return pad_width(made, self.computed.width) if isinstance(made, ExpertWeights) else made
 
     def parts(self) -> list[Part]:
