@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from moekit.core.errors import UserError
 from moekit.layers import MoekitConfig, MoekitForCausalLM, RouterContext
+from moekit.train.freeze import parts_of
+from moekit.train.model import tap_routers
 
 SWIGLU = {"type": "swiglu", "count": 4, "expert_width": 16}
 FREE = [
@@ -130,3 +132,12 @@ def test_a_graph_over_tokens_refuses_a_cache():
     model = build("graph-of-tokens").eval()
     with pytest.raises(UserError, match="use_cache=False"):
         model.generate(IDS, max_new_tokens=2, do_sample=False)
+
+
+def test_the_shared_cell_belongs_to_the_routers():
+    # Elsewhere it would be trained as a matrix of the hidden layers, and not be frozen with them.
+    model = build("rmoe")
+    cell = {id(param) for param in model.model.shared.parameters()}
+    assert len(cell) == 4
+    assert cell <= {id(param) for param in parts_of(model)["routers"]}
+    assert "model.shared.rmoe.weight_state" in tap_routers(model).router_names

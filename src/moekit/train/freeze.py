@@ -19,6 +19,7 @@ def parts_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         found[part].update({id(param): param for param in params})
 
     if isinstance(model, MoekitForCausalLM):
+        add("routers", model.model.shared.parameters())
         for layer in model.moe_layers():
             add("routers", layer.router.parameters())
             add("experts", layer.pool.parameters())

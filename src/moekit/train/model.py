@@ -213,6 +213,7 @@ def tap_routers(model: nn.Module) -> RouterTap:
 def _note_parts(tap: RouterTap, model: MoekitForCausalLM, names: dict[int, str]) -> None:
     """Which parameters of moekit's layers are no plain matrices, and which are two in one."""
     tap.self_balanced = any(isinstance(module, ExpertBias) for module in model.modules())
+    tap.router_names |= {names[id(param)] for param in model.model.shared.parameters()}
     for layer in model.moe_layers():
         tap.num_experts.append(layer.pool.num_experts)
         tap.router_names |= {names[id(param)] for param in layer.router.parameters()}
