@@ -79,6 +79,7 @@ def build_losses(
         """What a second pass adds to the first one's objective."""
         # No first pass has a negative part, so the draws of this one are its own.
         again, other = cross_entropy(ids, dataclasses.replace(context, part=-1 - context.part))
+        assert other is not None
         divergence = consistency_loss(logits, other) / other[..., 0].numel()
         return (again - nats + recipe.consistency * divergence) / 2
 
