@@ -7,6 +7,7 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.layers import RouterContext, Routing, build_router
+from moekit.layers.balance.losses import concentration_loss, mutual_information_loss
 from moekit.layers.routed_attention import ATTENTION_ROUND, build_attention, rotate
 from moekit.ops.stick_breaking import stick_breaking_attention
 
@@ -143,6 +144,28 @@ def test_the_gate_draws_some_modules_in_training():
     assert 0.1 < drawn_other < 0.95
     torch.testing.assert_close(weights, routing.scores.gather(1, ids))
     assert torch.equal(made(x, RouterContext(1, 400)).topk()[0], best)
+
+
+def test_concentration_gathers_on_few_modules_and_mutual_information_on_many():
+    x = torch.randn(300, D, generator=torch.Generator().manual_seed(0)) + 0.5
+
+    def modules_in_use(loss) -> int:
+        """How many modules cover 95 % of the pairs after training by `loss` alone."""
+        torch.manual_seed(1)
+        gate = build_router("moduleformer", D, 8, 1, score="linear")
+        torch.nn.init.normal_(gate.score.weight, std=0.5)
+        optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
+        for _ in range(60 if loss else 0):
+            optimizer.zero_grad()
+            loss(gate(x, RouterContext(1, 300, training=True))).backward()
+            optimizer.step()
+        share = gate(x, RouterContext(1, 300)).counts().sort(descending=True).values / 300
+        return int((share.cumsum(0) < 0.95).sum()) + 1
+
+    few, before, many = (
+        modules_in_use(loss) for loss in (concentration_loss, None, mutual_information_loss)
+    )
+    assert few < before < many
 
 
 def test_a_linear_gate_without_draws_is_plain_top_k():

@@ -5,7 +5,7 @@ import torch
 
 from moekit.core.errors import UserError
 from moekit.layers import ExpertPool, MoELayer, RouterContext, build_bank, build_router
-from moekit.layers.routers.typed import by_type, of_type
+from moekit.layers.routers.typed import by_type, of_type, typed_balance_loss
 
 D, T = 16, 40
 TYPES = torch.arange(T) % 2
@@ -48,6 +48,17 @@ def test_one_router_over_all_experts_is_plain_top_k():
     ours, theirs = made(hidden(), context()), plain(hidden(), context())
     assert torch.equal(ours.expert, theirs.expert)
     assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_types_follow_from_token_ids_where_the_batch_has_none():
+    made = router("ming", boundaries=[10, 20])
+    ids = torch.arange(T) % 30
+    by_id = made(hidden(), context(None, token_id=ids))
+    given = made(hidden(), context(ids // 10))
+    assert torch.equal(by_id.expert, given.expert)
+    # Types of the batch come first.
+    both = made(hidden(), context(ids // 10, token_id=ids * 0))
+    assert torch.equal(both.expert, given.expert)
 
 
 def test_equal_routers_are_one_and_changing_one_leaves_the_others_tokens_alone():
@@ -97,6 +108,19 @@ def test_imbalance_of_one_type_does_not_move_the_router_of_the_other():
     torch.testing.assert_close(both, expected)
 
 
+def test_the_loss_by_type_is_one_a_type_at_balance_over_its_pool():
+    made = router("moiie")
+    trained = typed_balance_loss(made(hidden(), context()))
+    with torch.no_grad():
+        made.score.weight.zero_()
+    # Even probabilities give one a type whatever the load, as Switch's loss does.
+    even = typed_balance_loss(made(hidden(), context()))
+    assert even.item() == pytest.approx(2, rel=1e-5)
+    assert trained > even
+    with pytest.raises(UserError, match="moiie"):
+        typed_balance_loss(build_router("softmax-raw", D, 8, 2)(hidden(), context()))
+
+
 def test_every_type_has_its_own_bias_and_the_pool_is_their_sum():
     made = router("typed", bias_rate=0.1)
     x = hidden()
@@ -137,5 +161,9 @@ def test_bad_types_and_pools_are_told():
         router("typed", types=3, shared=1)
     with pytest.raises(UserError, match="exceeds the 1 experts"):
         router("typed", 2, types=2, shared=0)
+    with pytest.raises(UserError, match="part 2 types of ids, not 3"):
+        router("ming", boundaries=[7])
+    with pytest.raises(UserError, match="do not ascend"):
+        router("ming", boundaries=[7, 7])
     with pytest.raises(UserError, match="from 0 to 5"):
         router("typed")(hidden(), context(torch.arange(T) % 6))

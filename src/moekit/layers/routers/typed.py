@@ -2,7 +2,8 @@
 
 MoIIE (arXiv 2508.09779): each modality has its own router over its own experts and the shared ones.
 Ming (arXiv 2510.24821): each modality has its own router over all experts. The type is
-`RouterContext.token_type`; where there is none, every token is of type 0.
+`RouterContext.token_type`; where there is none it follows from the token's id by `boundaries` (a
+vocabulary that holds one modality after the other), and without those every token is of type 0.
 
 Letters: T tokens, M types, E experts, D width, K chosen.
 """
@@ -20,28 +21,32 @@ from torch import Tensor, nn
 from moekit.core.errors import UserError
 from moekit.core.registry import Option, register, register_preset, registry
 
+from ..balance.losses import balance_loss
 from ..context import RouterContext
+from ..names import one_of
 from ..router import PipelineRouter
 from ..routing import Routing
 from ..select import TopK
 from ..squash import softmax
 from ..terms import NEVER, ExpertBias
 from ..weigh import WEIGHTS
-from .pipeline import one_of
 
 TYPE = "token_type"
+_LIMITS = "Types come from the batch (token_type) or from token ids; otherwise all are of type 0."
 
 
 @dataclass(frozen=True)
 class TypePools:
     """Which experts each of `types` may use: the first `shared`, and an equal part of the rest.
 
-    Raises UserError where the rest does not divide.
+    `boundaries` are the first token ids of the types after the first, ascending; empty: types do
+    not follow from ids. Raises UserError where the rest or the boundaries do not fit the types.
     """
 
     num_experts: int
     types: int
     shared: int
+    boundaries: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.types < 1:
@@ -52,6 +57,13 @@ class TypePools:
                 f"{self.num_experts} experts less {self.shared} shared ones do not divide among "
                 f"{self.types} types"
             )
+        if self.boundaries and len(self.boundaries) != self.types - 1:
+            raise UserError(
+                f"boundaries {list(self.boundaries)} part {len(self.boundaries) + 1} types of ids, "
+                f"not {self.types}"
+            )
+        if sorted(set(self.boundaries)) != list(self.boundaries):
+            raise UserError(f"boundaries {list(self.boundaries)} do not ascend")
 
     @property
     def own(self) -> int:
@@ -65,17 +77,20 @@ class TypePools:
         return (place < 0) | (owner == torch.arange(self.types, device=device)[:, None])
 
 
-def token_types(context: RouterContext, types: int, device: torch.device) -> Tensor:
+def token_types(context: RouterContext, pools: TypePools, device: torch.device) -> Tensor:
     """The type of every token, int64 [T]; UserError for one that there is not."""
-    if context.token_type is None:
+    found = context.token_type
+    if found is None and pools.boundaries and context.token_id is not None:
+        edges = torch.tensor(pools.boundaries, device=device)
+        return torch.bucketize(context.token_id.to(device), edges, right=True)
+    if found is None:
         return torch.zeros(context.num_tokens, dtype=torch.int64, device=device)
-    found = context.token_type.to(device)
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < types:
+    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < pools.types:
         raise UserError(
             f"token types from {int(found.min())} to {int(found.max())} do not fit a router of "
-            f"{types} types"
+            f"{pools.types} types"
         )
-    return found
+    return found.to(device)
 
 
 class TypedScore(nn.Module):
@@ -95,7 +110,7 @@ class TypedScore(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, key: Tensor, context: RouterContext) -> Tensor:
-        kind = token_types(context, self.pools.types, key.device)
+        kind = token_types(context, self.pools, key.device)
         # All routers on all tokens: a few rows each, cheaper than sorting the tokens.
         logits = F.linear(key, self.weight.float().flatten(0, 1))
         logits = logits.unflatten(-1, self.weight.shape[:2])
@@ -121,7 +136,7 @@ class TypedBias(ExpertBias):
         self.register_buffer("seen", torch.zeros(shape))
 
     def forward(self, selection: Tensor, scores: Tensor, context: RouterContext) -> Tensor:
-        kind = token_types(context, self.pools.types, selection.device)
+        kind = token_types(context, self.pools, selection.device)
         allowed = self.pools.mask(selection.device)[kind]
         return selection.masked_fill(~allowed, NEVER) + self.expert_bias[kind]
 
@@ -149,11 +164,11 @@ class TypedBias(ExpertBias):
 class RecordType:
     """Edit: keep each token's type in the record, for losses by type, and count for `bias`."""
 
-    def __init__(self, types: int, bias: TypedBias | None) -> None:
-        self.types, self.bias = types, bias
+    def __init__(self, pools: TypePools, bias: TypedBias | None) -> None:
+        self.pools, self.bias = pools, bias
 
     def __call__(self, routing: Routing, context: RouterContext) -> Routing:
-        kind = token_types(context, self.types, routing.token.device)
+        kind = token_types(context, self.pools, routing.token.device)
         routing = replace(routing, extra={**routing.extra, TYPE: kind})
         if self.bias is not None and context.training:
             self.bias.count(routing)
@@ -170,11 +185,35 @@ def of_type(routing: Routing, number: int) -> Routing:
 def by_type(routing: Routing, loss: Callable[[Routing], Tensor]) -> Tensor:
     """The sum over the types of tokens in the batch of `loss` of that type's own routing.
 
-    For balance losses by modality (MoIIE, arXiv 2508.09779): tokens of one type do not move the
-    router of another.
+    Raises UserError for a record without types.
     """
+    if TYPE not in routing.extra:
+        raise UserError("a loss by type needs a router of types: moiie, ming or typed")
     losses = [loss(of_type(routing, int(n))) for n in routing.extra[TYPE].unique()]
     return torch.stack(losses).sum()
+
+
+@register(
+    "balance",
+    "typed-balance-loss",
+    title="Balance loss of each type of token over its own pool of experts",
+    paper="MoIIE, arXiv:2508.09779",
+    needs=("training",),
+    limits="For routers moiie, ming and typed.",
+)
+def typed_balance_loss(routing: Routing) -> Tensor:
+    """Sum over types of n * sum_i f_i P_i, n the experts that the type may use: 1 each at balance.
+
+    Tokens of one type do not move the router of another. UserError for a record without types.
+    """
+    return by_type(routing, _pool_loss)
+
+
+def _pool_loss(routing: Routing) -> Tensor:
+    assert routing.logits is not None
+    assert routing.token_mask is not None
+    pool = routing.logits[routing.token_mask].isfinite().any(0).sum()
+    return balance_loss(routing) * pool / routing.num_experts
 
 
 @register(
@@ -183,9 +222,10 @@ def by_type(routing: Routing, loss: Callable[[Routing], Tensor]) -> Tensor:
     title="A router for each type of token, over all experts or its own and shared ones",
     paper="MoIIE, arXiv:2508.09779; Ming-Flash-Omni, arXiv:2510.24821",
     needs=("training",),
-    limits="The type comes from the batch (token_type); without it every token is of type 0.",
+    limits=_LIMITS,
     options={
         "types": "types of tokens",
+        "boundaries": "first token ids of the types after the first, where the batch has no types",
         "shared": "experts that all types may use, the first of the pool; None: all",
         "one_router": "one router for all types, with pools of their own",
         "weights": f"weights of the chosen experts: {' or '.join(WEIGHTS)}",
@@ -198,6 +238,7 @@ def typed_router(
     top_k: int,
     *,
     types: int = 2,
+    boundaries: list[int] | None = None,
     shared: int | None = None,
     one_router: bool = False,
     weights: str = "renormalised",
@@ -209,7 +250,8 @@ def typed_router(
     divide, or hold fewer experts than `top_k`.
     """
     one_of("weights", weights, WEIGHTS)
-    pools = TypePools(num_experts, types, num_experts if shared is None else shared)
+    shared = num_experts if shared is None else shared
+    pools = TypePools(num_experts, types, shared, tuple(boundaries or ()))
     if top_k > pools.shared + pools.own:
         raise UserError(
             f"top_k {top_k} exceeds the {pools.shared + pools.own} experts that a type may use"
@@ -222,7 +264,7 @@ def typed_router(
         terms=[] if bias is None else [bias],
         select=TopK(top_k),
         weigh=WEIGHTS[weights](),
-        edits=[RecordType(types, bias)],
+        edits=[RecordType(pools, bias)],
     )
 
 
@@ -238,12 +280,15 @@ def _options(*names: str) -> tuple[Option, ...]:
     paper="MoIIE, arXiv:2508.09779",
     needs=("training",),
     limits="Needs a number of experts that 4 divides; the shared half comes first in the pool.",
+    options={"boundaries": "first token id of the second type, where the batch has no types"},
 )
-def moiie_router(width: int, num_experts: int, top_k: int) -> nn.Module:
+def moiie_router(
+    width: int, num_experts: int, top_k: int, *, boundaries: list[int] | None = None
+) -> nn.Module:
     """Half of the experts are shared, a quarter is for each of two types; renormalised."""
     if num_experts % 4:
         raise UserError(f"router 'moiie' needs experts in fours, not {num_experts}")
-    return typed_router(width, num_experts, top_k, shared=num_experts // 2)
+    return typed_router(width, num_experts, top_k, boundaries=boundaries, shared=num_experts // 2)
 
 
 register_preset(
@@ -253,7 +298,7 @@ register_preset(
     title="A router each for text, image and audio tokens over one pool of experts",
     paper="Ming-Flash-Omni, arXiv:2510.24821",
     needs=("training",),
-    limits="The type comes from the batch (token_type); without it every token is of type 0.",
+    limits=_LIMITS,
     settings={"types": 3},
-    options=_options("weights", "bias_rate"),
+    options=_options("boundaries", "weights", "bias_rate"),
 )
