@@ -1,5 +1,7 @@
 """The trainer's step on families of different routing and storage."""
 
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from moekit.train.optim import build_optimizers
 from moekit.train.recipe import BalanceRecipe, OptimRecipe, TrainRecipe
 from moekit.train.step import build_losses, run_step
 from tests.families.tiny import build_tiny
+from tests.train.test_balance import tiny_model
 
 # family: whether it balances by a loss (its config declares the coefficient) or by a bias.
 FAMILIES = {
@@ -87,3 +90,26 @@ def test_recomputation_changes_no_gradient(family: str) -> None:
     assert plain[0] == again[0]
     assert all(torch.equal(a, b) for a, b in zip(plain[1], again[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain[2], again[2], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_moe", "moekit"])
+def test_a_compiled_step_is_one_graph_and_gives_the_same(name, monkeypatch) -> None:
+    # Without code generation, which is torch's own business.
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    windows = torch.randint(64, (4, 13), generator=torch.Generator().manual_seed(0))
+    found = []
+    for compiled in (False, True):
+        model = tiny_model().float() if name == "moekit" else build_tiny(name).train()
+        tap = tap_routers(model)
+        rules = balance_rules(BalanceRecipe(rule="loss", coefficient=0.1), model.config, False)
+        losses = build_losses(model, tap, rules, TrainRecipe(precision="fp32", compile=compiled))
+        result = run_step(losses, windows, micro=2)
+        found.append((result, [p.grad for p in model.parameters() if p.grad is not None]))
+    (plain, grads), (fast, others) = found
+    assert fast.loss == pytest.approx(plain.loss, abs=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(plain.counts, fast.counts, strict=True))
+    for ours, theirs in zip(others, grads, strict=True):
+        # Gradients of at most about 1, some summed in another order.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
