@@ -280,8 +280,9 @@ def test_soft_frank_wolfe_lowers_the_loss(dense, tmp_path) -> None:
 def test_a_directory_of_somebody_else_stays(dense, tmp_path) -> None:
     (tmp_path / "out.prepared").mkdir()
     (tmp_path / "out.prepared" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not from moekit"):
-        merge(recipe(dense, "regmean", base=False), tmp_path / "out")
+    for restart in (False, True):
+        with pytest.raises(UserError, match="not from moekit"):
+            merge(recipe(dense, "regmean", base=False), tmp_path / "out", restart=restart)
     assert (tmp_path / "out.prepared" / "notes.txt").exists()
 
 
@@ -292,6 +293,8 @@ def test_text_is_asked_for(dense, tmp_path) -> None:
     with pytest.raises(UserError, match="--data"):
         merge(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="in a step before"):
+        merge(recipe(dense, "regmean", base=False, tokenizer_source="union"), tmp_path / "out")
     with pytest.raises(UserError, match="there are entropy, cross-entropy"):
         merge(recipe(dense, "adamerging", parameters={"loss": "l2"}), tmp_path / "out")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.seeds import generator
+from moekit.merge import magnitude
 from moekit.merge.catalogue import merge_methods
 from moekit.merge.consensus import Consensus
 from moekit.merge.job import BLOCK_ELEMENTS, TensorJob
@@ -74,12 +75,14 @@ def test_keeping_everything_is_task_arithmetic(name: str) -> None:
     assert torch.equal(run(name, base, tensors, weight=0.3, density=1.0), plain)
 
 
+@pytest.mark.parametrize("limit", [0, 2**27], ids=["counted", "held"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_exactly_the_largest_stay(dtype: torch.dtype) -> None:
+def test_exactly_the_largest_stay(monkeypatch, dtype: torch.dtype, limit: int) -> None:
+    monkeypatch.setattr(magnitude, "SORTED_ENTRIES", limit)
     values = models(dtype)[0] - models(dtype)[1][0]
     # bf16 magnitudes repeat, so that the threshold is tied.
     for count in (1, 7, 100, values.numel()):
-        keep = largest([values[:10], values[10:]], count)
+        keep = largest(lambda: iter([values[:10], values[10:]]), count, values.numel())
         mask = torch.cat([keep.keep(values[:10]), keep.keep(values[10:])])
         assert int(mask.sum()) == count
         if count < values.numel():

@@ -29,7 +29,7 @@ def sce(deltas: Tensor, select: float = 1.0, *, erase_from: str = "deltas") -> T
         count = int(select * int((variance > 0).sum()))
         if count == 0:
             return torch.zeros_like(deltas[0])
-        mask = largest([variance], count).keep(variance)
+        mask = largest(lambda: iter([variance]), count, variance.numel()).keep(variance)
         chosen = deltas * mask
     share = square_shares(chosen)
     factors = share.view(-1, *[1] * (deltas.ndim - 1))

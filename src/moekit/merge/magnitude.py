@@ -6,12 +6,17 @@ finds the threshold; entries equal to it are kept first come, first served, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Blocks = Callable[[], Iterator[Tensor]]
+# Up to here bit patterns are held and selected among, which is faster than counting them.
+SORTED_ENTRIES = 2**27
+HALF = 16
 
 # Integer types that hold the bits of a float, and the mask that takes its sign away.
 _BITS = {2: (torch.int16, np.uint16, 0x7FFF), 4: (torch.int32, np.uint32, 0x7FFFFFFF)}
@@ -55,16 +60,51 @@ class Largest:
         return torch.from_numpy(kept).view(values.shape)
 
 
-def largest(blocks: Iterable[Tensor], count: int) -> Largest:
-    """Selection of the `count` largest magnitudes over all `blocks`; NaN counts as large.
+def largest(blocks: Blocks, count: int, entries: int) -> Largest:
+    """Selection of the `count` largest magnitudes of all `entries`; NaN counts as large.
 
-    `count` is at least 1 and at most the number of entries. Memory: one integer for each entry.
+    `count` is at least 1 and at most the number of entries. Memory: one integer for each entry, or
+    for more than `SORTED_ENTRIES` a table of counts, which takes longer.
     """
-    bits = np.concatenate([magnitude_bits(block) for block in blocks])
-    place = len(bits) - count
+    if entries > SORTED_ENTRIES:
+        threshold, below, equal = nth_bits(blocks, entries - count + 1)
+        return Largest(threshold, count - (entries - below - equal), equal)
+    bits = np.empty(0)
+    filled = 0
+    for block in blocks():
+        part = magnitude_bits(block)
+        if not filled:
+            bits = np.empty(entries, dtype=part.dtype)
+        bits[filled : filled + len(part)] = part
+        filled += len(part)
+    place = entries - count
     bits.partition(place)
     threshold = int(bits[place])
     # Behind the place are the larger ones and some equal; before it the smaller and the rest.
     above = int(np.count_nonzero(bits[place:] > threshold))
-    total = int(np.count_nonzero(bits == threshold))
-    return Largest(threshold, count - above, total)
+    equal = int(np.count_nonzero(bits == threshold))
+    return Largest(threshold, count - above, equal)
+
+
+def nth_bits(blocks: Blocks, place: int) -> tuple[int, int, int]:
+    """The bits of the magnitude at `place` (from 1, ascending), how many lie below it, and how many
+    equal it.
+
+    In constant memory, from counts of bit patterns: one pass for 16-bit floats, two for 32-bit.
+    """
+    width = next(blocks()).dtype.itemsize * 8
+
+    def counted(index: Callable[[np.ndarray], np.ndarray], place: int) -> tuple[int, int, int]:
+        counts = np.zeros(1 << HALF, dtype=np.int64)
+        for block in blocks():
+            found = index(magnitude_bits(block)).astype(np.int64)
+            counts += np.bincount(found, minlength=1 << HALF)
+        reached = np.cumsum(counts)
+        bin_ = int(np.searchsorted(reached, place))
+        return bin_, int(reached[bin_] - counts[bin_]), int(counts[bin_])
+
+    high, below, equal = counted(lambda bits: bits >> (width - HALF), place)
+    if width == HALF:
+        return high, below, equal
+    low, lower, equal = counted(lambda bits: bits[bits >> HALF == high] & 0xFFFF, place - below)
+    return (high << HALF) | low, below + lower, equal

@@ -125,15 +125,18 @@ def prepare(tensors: Mapping[str, MergedTensor], room: Preparation) -> dict[str,
     return made
 
 
-def begin(scratch: Path, identity: Mapping[str, Any], recipe: MergeRecipe) -> None:
-    """An empty directory at `scratch`, or the one that a merge with this identity has left.
+def begin(
+    scratch: Path, identity: Mapping[str, Any], recipe: MergeRecipe, restart: bool = False
+) -> None:
+    """An empty directory at `scratch`, or without `restart` the one that a merge with this identity
+    has left.
 
     Raises `UserError` for a directory that something else has made.
     """
     files = [file for model in recipe.models for file in recipe.files_of(model)]
     text = json.dumps([dict(identity), [_state(Path(file)) for file in files]], sort_keys=True)
     mark = scratch / f"{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if scratch.exists() and not mark.exists():
+    if scratch.exists() and (restart or not mark.exists()):
         inside = list(scratch.iterdir())
         if inside and not any(path.name.startswith(MARK) for path in inside):
             raise UserError(f"{scratch} is not from moekit; move it away or name another output.")

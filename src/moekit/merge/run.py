@@ -79,6 +79,11 @@ def merge(
     learns = reads_text(recipe)
     if learns and not any(recipe.files_of(model) for model in recipe.models):
         raise UserError(NO_TEXT.format(recipe.method or "the recipe"))
+    if learns and recipe.tokenizer is not None:
+        raise UserError(
+            "methods that learn from text run the models as they are: put each on the common "
+            "vocabulary in a step before, by linear with weight 1 for it and 0 for the others."
+        )
     by_parameter = recipe.align is not None or recipe.tokenizer is not None
     by_parameter |= recipe.scope == "expert" or learns
     with MergeSources(recipe.models, find, by_parameter=by_parameter) as sources:
@@ -97,13 +102,9 @@ def merge(
         }
         scratch = target.absolute().with_name(target.name + ".prepared")
         room = Preparation(recipe, sources, scratch, seed, told)
-        prepares = recipe.search or any(t.method.prepare for t in tensors.values())
+        prepares = bool(recipe.search) or any(t.method.prepare for t in tensors.values())
         if prepares and not dry_run:
-            if restart:
-                shutil.rmtree(scratch, ignore_errors=True)
-            begin(scratch, identity, recipe)
-            tensors = searched(tensors, room) if recipe.search else tensors
-            tensors = prepare(tensors, room)
+            tensors = _prepared(tensors, room, identity, restart)
         result = Merged(
             target,
             len(tensors),
@@ -137,6 +138,18 @@ def merge(
     if prepares:
         shutil.rmtree(scratch)
     return result
+
+
+def _prepared(
+    tensors: dict[str, MergedTensor],
+    room: Preparation,
+    identity: Mapping[str, Any],
+    restart: bool,
+) -> dict[str, MergedTensor]:
+    """The tensors after their search and what their methods find out first."""
+    begin(room.scratch, identity, room.recipe, restart)
+    tensors = searched(tensors, room) if room.recipe.search else tensors
+    return prepare(tensors, room)
 
 
 def recipe_dict(recipe: MergeRecipe) -> dict[str, Any]:

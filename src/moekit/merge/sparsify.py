@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
-from moekit.merge.magnitude import Largest, kept, largest
+from moekit.merge.magnitude import Blocks, Largest, kept, largest
 
-Blocks = Callable[[], Iterator[Tensor]]
 # Below this sum of magnitudes a ratio of sums means nothing.
 SMALLEST_SUM = 1e-7
 
@@ -54,9 +53,10 @@ class Magnitude:
 
     density: float
     count: int
+    entries: int
 
     def masked(self, blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
-        keep = largest(blocks(), self.count)
+        keep = largest(blocks, self.count, self.entries)
         for block in blocks():
             yield block, keep.keep(block), self.density
 
@@ -68,10 +68,13 @@ class Band:
     density: float
     count: int
     outliers: int
+    entries: int
 
     def masked(self, blocks: Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
-        inner = largest(blocks(), self.count + self.outliers)
-        outer: Largest | None = largest(blocks(), self.outliers) if self.outliers else None
+        inner = largest(blocks, self.count + self.outliers, self.entries)
+        outer: Largest | None = None
+        if self.outliers:
+            outer = largest(blocks, self.outliers, self.entries)
         for block in blocks():
             mask = inner.keep(block)
             if outer is not None:
@@ -133,7 +136,7 @@ def rule_for(
         return Everything()
     count = max(1, int(share.density * entries))
     if name == "magnitude":
-        return Magnitude(share.density, min(count, entries))
+        return Magnitude(share.density, min(count, entries), entries)
     if name == "band":
         return _band(share, entries, count)
     if name == "random":
@@ -155,7 +158,7 @@ def _band(share: Density, entries: int, count: int) -> Rule:
     if bottom < 0:
         outliers, bottom = max(0, outliers + bottom), 0
     kept = entries - bottom - outliers
-    return Band(share.density, max(kept, 1), min(outliers, entries - 1))
+    return Band(share.density, max(kept, 1), min(outliers, entries - 1), entries)
 
 
 def sparsified(rule: Rule, blocks: Blocks, rescale: str) -> Iterator[Tensor]:

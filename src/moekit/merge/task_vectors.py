@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moekit.merge.consensus import Consensus
-from moekit.merge.sparsify import Blocks, Density, rule_for, sparsified
+from moekit.merge.magnitude import Blocks
+from moekit.merge.sparsify import Density, rule_for, sparsified
 
 # Divisors nearer to zero than this are taken as one, as mergekit does.
 SMALLEST_DIVISOR = 1e-8

@@ -8,22 +8,18 @@ whose votes cancel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moekit.core.errors import UserError
 from moekit.merge.consensus import Consensus, elected_balance
 from moekit.merge.job import TensorJob
-from moekit.merge.magnitude import kept, magnitude_bits
-from moekit.merge.sparsify import Blocks, Everything, Rule
+from moekit.merge.magnitude import Blocks, kept, magnitude_bits, nth_bits
+from moekit.merge.sparsify import Everything, Rule
 from moekit.merge.task_vectors import task_vector_blocks
-
-HALF = 16
 
 
 @dataclass
@@ -93,31 +89,12 @@ def majority_sign(
 def _threshold(jobs: Sequence[TensorJob], model: int, density: float) -> int:
     entries = sum(int(torch.Size(job.shape).numel()) for job in jobs)
     place = max(entries - int(entries * density), 1)
-    width = jobs[0].dtype.itemsize * 8
-    high, below = _bin_of(_bits(jobs, model), place, lambda bits: bits >> (width - HALF), 1 << HALF)
-    if width == HALF:
-        return high
-    inside = (bits[bits >> HALF == high] for bits in _bits(jobs, model))
-    low, _ = _bin_of(inside, place - below, lambda bits: bits & 0xFFFF, 1 << HALF)
-    return (high << HALF) | low
 
+    def blocks() -> Iterator[Tensor]:
+        for job in jobs:
+            yield from _blocks(job, model)()
 
-def _bin_of(
-    parts: Iterator[np.ndarray], place: int, index: Callable[[Any], Any], bins: int
-) -> tuple[int, int]:
-    """The bin that holds the entry at `place` (from 1, ascending), and how many lie before it."""
-    counts = np.zeros(bins, dtype=np.int64)
-    for bits in parts:
-        counts += np.bincount(index(bits).astype(np.int64), minlength=bins)
-    reached = np.cumsum(counts)
-    found = int(np.searchsorted(reached, place))
-    return found, int(reached[found] - counts[found])
-
-
-def _bits(jobs: Sequence[TensorJob], model: int) -> Iterator[np.ndarray]:
-    for job in jobs:
-        for block in _blocks(job, model)():
-            yield magnitude_bits(block)
+    return nth_bits(blocks, place)[0]
 
 
 def _blocks(job: TensorJob, model: int) -> Blocks:
