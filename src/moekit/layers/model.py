@@ -65,7 +65,7 @@ def build_layer(width: int, recipe: LayerRecipe, pool: ExpertPool | None = None)
 
     Raises UserError for names and values that the parts refuse.
     """
-    routers = [
+    routers: list[Any] = [
         build_router(
             recipe.router, width, recipe.num_experts, recipe.top_k, **recipe.router_options
         )
@@ -170,8 +170,9 @@ class MoekitModel(MoekitPreTrainedModel):
         # Parts that routers of several layers have in common; here, so that they are saved once.
         self.shared = nn.ModuleDict()
         for part in list(self.layers.modules()):
-            if hasattr(part, "share"):
-                part.share(self.shared)
+            share: Any = getattr(part, "share", None)
+            if share is not None:
+                share(self.shared)
         self.norm: Any = parts.norm(width, eps=config.rms_norm_eps)
         self.rotary_emb: Any = parts.rotary(config=config)
         self.gradient_checkpointing = False
