@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moekit.core.architecture import read_config
 from moekit.core.errors import UserError
 from moekit.core.find import find_moe
+from moekit.core.load import find_config
 from moekit.layers import MoekitConfig, MoekitForCausalLM, RouterContext, Routing
 from moekit.layers.terms import ExpertBias
 from moekit.ops import blocked_attention
@@ -59,14 +61,17 @@ def model_config(recipe: Recipe, vocab_size: int, end_id: int) -> Any:
 def _config_at(path: str, changes: dict[str, Any], vocab_size: int) -> Any:
     from transformers import AutoConfig
 
+    # Also makes transformers know the types of moekit's own models.
+    read_config(find_config(path))
     try:
         config = AutoConfig.from_pretrained(path, **changes)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {path} cannot be read: {error}") from error
-    if config.vocab_size < vocab_size:
+    own = config.get_text_config(decoder=True).vocab_size
+    if own < vocab_size:
         raise UserError(
-            f"model.path {path} has a vocabulary of {config.vocab_size} and the tokenizer one of "
-            f"{vocab_size}; leave tokenizer.path out to use the model's."
+            f"model.path {path} has a vocabulary of {own} and the tokenizer one of {vocab_size}; "
+            "leave tokenizer.path out to use the model's."
         )
     return config
 

@@ -65,13 +65,25 @@ class UpcycledForCausalLM(PreTrainedModel, GenerationMixin):
                 f"config.json: part.kind is {kind!r}, not one of {', '.join(sorted(PARTS))}"
             )
         text: Any = config.text_config
-        bank: Any = config.experts_config
-        if bank is not None:
-            # transformers chooses how experts are computed for a model's own config alone.
-            bank._experts_implementation = config._experts_implementation
+        self._tell_bank()
         self.base = architecture_of(text)(text)
         self.part = PARTS[kind](self.base, config)
         self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file; the bank is of a stock class.
+        return True
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        super().set_experts_implementation(experts_implementation)
+        self._tell_bank()
+
+    def _tell_bank(self) -> None:
+        """Hand on how experts are computed: transformers tells models, and a bank is none."""
+        bank: Any = self.config.experts_config
+        if bank is not None:
+            bank._experts_implementation = self.config._experts_implementation
 
     @property
     def causal(self) -> bool:

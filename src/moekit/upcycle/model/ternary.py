@@ -64,6 +64,10 @@ class TernaryExperts(nn.Module):
     Called as every bank of experts is: hidden [T, D], ids [T, 1], weights [T, 1] give [T, D].
     """
 
+    # How a bank lies in memory, in the words of transformers' own.
+    is_concatenated = True
+    is_transposed = False
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_experts, width = config.num_experts, config.moe_intermediate_size
