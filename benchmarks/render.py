@@ -23,6 +23,7 @@ from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize
 from render_routers import router_table
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
+from render_upcycle import upcycle_table
 from tables import machine, table
 
 HERE = Path(__file__).parent
@@ -350,6 +351,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_auto": compress_auto,
     "compress_peers": compress_peers,
     "router_table": router_table,
+    "upcycle_table": upcycle_table,
 }
 
 

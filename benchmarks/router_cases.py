@@ -138,6 +138,14 @@ CASES = [
     Case("uoe by sequence", moe("uoe-sequence"), causal=False),
     # Trees and product keys compute more than the others while they are soft.
     Case("comet", moe("comet"), losses({"name": "leaf-entropy", "weight": 0.01})),
+    Case(
+        "monet, 16 x 16 halves",
+        moe("monet", 4, bank("monet-vertical", count=256, expert_width=16)),
+        losses(
+            {"name": "half-expert-uniformity", "weight": 1e-3},
+            {"name": "half-expert-ambiguity", "weight": 1e-3},
+        ),
+    ),
     Case("local search", moe("local-search", steps=STEPS // 2), AUX),
     # Experts.
     Case("plain FFN of 72", moe("softmax-renormalised", experts=bank("ffn", expert_width=72)), AUX),

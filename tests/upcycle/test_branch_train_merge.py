@@ -13,7 +13,15 @@ from moekit.evaluate.bits_per_byte import bits_per_byte
 from moekit.evaluate.text import Sample
 from moekit.upcycle.run import Request, upcycle
 from tests.models import write_tiny_model
-from tests.upcycle.dense_models import SHAPE, TEXTS, logits, read, tokens, write_dense
+from tests.upcycle.dense_models import (
+    SHAPE,
+    TEXTS,
+    dense_config,
+    logits,
+    read,
+    tokens,
+    write_dense,
+)
 
 # Logarithms of sums of exponentials, in float32.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -59,6 +67,15 @@ def test_identical_experts_are_the_expert(family_of_models, tmp_path, posterior)
     assert result.model_type == "moekit_ensemble"
     model = read(tmp_path / "all")
     model.config.prior = [0.7, 0.2, 0.1]
+    torch.testing.assert_close(logits(model, tokens()), likely(read(base), tokens()), **CLOSE)
+
+
+def test_heads_tied_to_embeddings_stay_tied(tmp_path):
+    base = write_dense(tmp_path / "base", dense_config(tie_word_embeddings=True))
+    btm(tmp_path / "all", base, [base])
+    model = load_language_model(tmp_path / "all", dtype="float32").model
+    for expert in model.experts:
+        assert expert.lm_head.weight is expert.model.embed_tokens.weight
     torch.testing.assert_close(logits(model, tokens()), likely(read(base), tokens()), **CLOSE)
 
 

@@ -99,6 +99,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             one._attn_implementation = config._attn_implementation
         self.experts = nn.ModuleList(architecture_of(one)(one) for one in configs)
         self.post_init()
+        # post_init asks its own children alone, of which the experts are none.
+        for j, expert in enumerate(self.experts):
+            tied = expert.all_tied_weights_keys.items()
+            self.all_tied_weights_keys.update(
+                {f"experts.{j}.{one}": f"experts.{j}.{other}" for one, other in tied}
+            )
 
     def get_input_embeddings(self) -> Any:
         first: Any = self.experts[0]
