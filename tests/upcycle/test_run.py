@@ -94,7 +94,9 @@ def test_formats_that_are_not(base, tmp_path, change, words):
 
 def test_settings_of_a_kernel_keep_or_fix_its_options():
     drop = find_converter("drop", {"experts": 4})
-    assert drop.keywords == {"experts": 4}
+    bound = {"experts": 4, "reinit": 0.5, "slices": 1}
+    assert {name: drop.keywords[name] for name in bound} == bound
+    assert find_converter("drop", {"reinit": 0.25}).keywords["reinit"] == 0.25
     with pytest.raises(UserError, match="no option 'slices'"):
         find_converter("drop", {"slices": 2})
     with pytest.raises(ValueError, match=f"no options of {dense_to_moe.__name__}"):

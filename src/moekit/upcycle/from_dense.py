@@ -45,6 +45,16 @@ class Shape:
     common: int
     whole: int
 
+    def __post_init__(self) -> None:
+        if self.slices < 1 or self.num_experts < 1 or self.num_experts % self.slices:
+            raise UserError(
+                f"experts is {self.num_experts}; it must be a multiple of slices, {self.slices}."
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(
+                f"top_k is {self.top_k}; a token is given 1 to {self.num_experts} experts."
+            )
+
     @property
     def copies(self) -> int:
         return self.num_experts // self.slices
@@ -57,6 +67,24 @@ class Shape:
     @property
     def expert_width(self) -> int:
         return self.routed // self.slices
+
+
+@dataclass(frozen=True)
+class Change:
+    """What sets copies apart: a share of neurons drawn anew, noise on experts as a share of a
+    matrix's standard deviation, and absolute noise on the router's rows."""
+
+    reinit: float
+    noise: float
+    router_noise: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reinit <= 1:
+            raise UserError(f"reinit is {self.reinit}; it is a share, from 0 to 1.")
+        if min(self.noise, self.router_noise) < 0:
+            raise UserError(
+                f"noise {self.noise} and router_noise {self.router_noise} must not be negative."
+            )
 
 
 @upcycler(
@@ -103,7 +131,7 @@ def dense_to_moe(
     stock class holds."""
     job.need_dense()
     job.need_alone()
-    _check(experts, top_k, slices, shared, shared_copies, reinit, noise, router_noise)
+    change = Change(reinit, noise, router_noise)
     for value, known, name in ((weights, WEIGHTS, "weights"), (partition, PARTITIONS, "partition")):
         if value not in known:
             raise UserError(f"{name} {value!r} is unknown; there are {' and '.join(known)}.")
@@ -121,13 +149,15 @@ def dense_to_moe(
     found = choose_target(config, wanted, target)
     factor, shared_factor = _factors(shape, weights, found) if keep_output else (1.0, 1.0)
     parts = {
-        layer: _parts(job, layer, shape, factor, shared_factor, router, partition, reinit, noise)
+        layer: MoEParts(
+            _experts(job, layer, shape, factor, partition, change),
+            _rows(job, layer, shape, router, change),
+            _shared(job, layer, shape, shared_factor, partition),
+        )
         for layer in chosen
     }
-    if router_noise:
-        parts = {layer: _untied(job.seed, layer, one, router_noise) for layer, one in parts.items()}
     made = found.config(config, wanted)
-    start = _start(shape, weights, router, keep_output, reinit, noise, router_noise)
+    start = _start(shape, weights, router, keep_output, change)
     if start.equal_to is not None and (_rounds(factor) or _rounds(shared_factor)):
         start = Start.equal(start.why, ROUNDED if _is_short(job) else ROUNDING)
     notes = []
@@ -136,43 +166,24 @@ def dense_to_moe(
     return Made(made, assemble(found, made, job.base.tensors, parts), start, notes)
 
 
-def _check(
-    experts: int,
-    top_k: int,
-    slices: int,
-    shared: float,
-    shared_copies: int,
-    reinit: float,
-    noise: float,
-    router_noise: float,
-) -> None:
-    if slices < 1 or experts < 1 or experts % slices:
-        raise UserError(f"experts is {experts}; it must be a multiple of slices, {slices}.")
-    if not 1 <= top_k <= experts:
-        raise UserError(f"top_k is {top_k}; a token is given 1 to {experts} experts.")
+def _shape(
+    width: int, experts: int, top_k: int, slices: int, shared: float, shared_copies: int
+) -> Shape:
     if not 0 <= shared < 1:
         raise UserError(f"shared is {shared}; it is a share of the neurons, 0 to below 1.")
     if shared_copies < 0 or (shared and shared_copies):
         raise UserError(f"shared_copies is {shared_copies}: 0 or more, and not beside shared.")
-    if not 0 <= reinit <= 1:
-        raise UserError(f"reinit is {reinit}; it is a share, from 0 to 1.")
-    if min(noise, router_noise) < 0:
-        raise UserError(f"noise {noise} and router_noise {router_noise} must not be negative.")
-
-
-def _shape(
-    width: int, experts: int, top_k: int, slices: int, shared: float, shared_copies: int
-) -> Shape:
     common = round(width * shared)
-    routed = width - common
-    if routed % (slices * STOCK_ALIGN):
-        cuts = [s for s in range(1, routed + 1) if routed % (s * STOCK_ALIGN) == 0]
+    shape = Shape(experts, top_k, slices, width - common, common, shared_copies)
+    if shape.routed % (slices * STOCK_ALIGN):
+        fitting = range(1, shape.routed // STOCK_ALIGN + 1)
+        cuts = [count for count in fitting if shape.routed % (count * STOCK_ALIGN) == 0]
         raise UserError(
-            f"{routed} routed neurons cannot be cut into {slices} slices of equal width, a "
+            f"{shape.routed} routed neurons cannot be cut into {slices} slices of equal width, a "
             f"multiple of {STOCK_ALIGN} as the kernels of stock models need; slices may be "
             f"{', '.join(map(str, cuts[:MOST_TOLD])) or 'of no number: change shared'}."
         )
-    return Shape(experts, top_k, slices, routed, common, shared_copies)
+    return shape
 
 
 def _factors(shape: Shape, weights: str, target: Target) -> tuple[float, float]:
@@ -185,38 +196,39 @@ def _factors(shape: Shape, weights: str, target: Target) -> tuple[float, float]:
     return 1 / (total * whole), 1 / (target.shared_gain * whole)
 
 
-def _parts(
-    job: Job,
-    layer: int,
-    shape: Shape,
-    factor: float,
-    shared_factor: float,
-    router: str,
-    partition: str,
-    reinit: float,
-    noise: float,
-) -> MoEParts:
+def _experts(
+    job: Job, layer: int, shape: Shape, factor: float, partition: str, change: Change
+) -> list[FFN]:
+    """The experts of a layer, copy by copy."""
     whole = dense_ffn(job.base, layer)
-    order = _order(whole, partition)
-    common, routed = order[: shape.common], order[shape.common :]
-    dealt = _dealt(routed, shape.slices, partition)
-    experts = []
-    for copy in range(shape.copies):
-        for number in range(shape.slices):
-            key = f"expert {copy * shape.slices + number}"
-            # One slice of contiguous neurons is the network itself, without a gather.
-            same = shape.slices == 1 and not shape.common
-            expert = whole if same else neurons(whole, dealt[number])
-            experts.append(scaled(_changed(expert, key, job.seed, layer, reinit, noise), factor))
-    shared = None
+    # One slice of all neurons is the network itself, without a gather.
+    cut = shape.slices > 1 or shape.common
+    dealt = _dealt(_order(whole, partition)[shape.common :], shape.slices, partition) if cut else []
+    found = []
+    for number in range(shape.num_experts):
+        expert = neurons(whole, dealt[number % shape.slices]) if cut else whole
+        changed = _changed(expert, f"expert {number}", job.seed, layer, change)
+        found.append(scaled(changed, factor))
+    return found
+
+
+def _shared(job: Job, layer: int, shape: Shape, factor: float, partition: str) -> FFN | None:
+    """The shared expert of a layer: a part of the network, or copies of it side by side."""
+    whole = dense_ffn(job.base, layer)
     if shape.common:
-        shared = scaled(neurons(whole, common), shared_factor)
-    elif shape.whole:
-        shared = scaled(
-            neurons(whole, torch.arange(whole.width).repeat(shape.whole)), shared_factor
-        )
-    rows = initial_rows(router, shape.copies, int(whole.gate.shape[1]), job.seed, layer)
-    return MoEParts(experts, rows.repeat_interleave(shape.slices, 0), shared)
+        return scaled(neurons(whole, _order(whole, partition)[: shape.common]), factor)
+    if shape.whole:
+        return scaled(neurons(whole, torch.arange(whole.width).repeat(shape.whole)), factor)
+    return None
+
+
+def _rows(job: Job, layer: int, shape: Shape, router: str, change: Change) -> Tensor:
+    """The router's rows [E, D]: one for the slices of a copy, but for the noise asked for."""
+    width = int(job.base.config.hidden_size)
+    rows = initial_rows(router, shape.copies, width, job.seed, layer)
+    rows = rows.repeat_interleave(shape.slices, 0)
+    draw = generator(job.seed, "router noise", layer)
+    return rows + change.router_noise * torch.randn(rows.shape, generator=draw)
 
 
 def _order(ffn: FFN, partition: str) -> Tensor:
@@ -236,14 +248,14 @@ def _dealt(order: Tensor, slices: int, partition: str) -> list[Tensor]:
     return list(rows.T.contiguous())
 
 
-def _changed(ffn: FFN, key: str, seed: int, layer: int, reinit: float, noise: float) -> FFN:
+def _changed(ffn: FFN, key: str, seed: int, layer: int, change: Change) -> FFN:
     """The network with neurons drawn anew and noise on its weights, keyed by expert and layer."""
-    if not reinit and not noise:
+    if not change.reinit and not change.noise:
         return ffn
-    drawn = round(reinit * ffn.width)
+    drawn = round(change.reinit * ffn.width)
     new = torch.randperm(ffn.width, generator=generator(seed, f"reinit {key}", layer))[:drawn]
 
-    def change(part: str, matrix: Tensor) -> Tensor:
+    def changed(part: str, matrix: Tensor) -> Tensor:
         draw = generator(seed, f"{part} of {key}", layer)
         made = matrix.float().clone()
         mean, std = float(made.mean()), float(made.std())
@@ -253,15 +265,9 @@ def _changed(ffn: FFN, key: str, seed: int, layer: int, reinit: float, noise: fl
             made[:, new] = fresh[:, new]
         else:
             made[new] = fresh[new]
-        return made + noise * std * torch.randn(made.shape, generator=draw) if noise else made
+        return made + change.noise * std * torch.randn(made.shape, generator=draw)
 
-    return each(ffn, change)
-
-
-def _untied(seed: int, layer: int, parts: MoEParts, noise: float) -> MoEParts:
-    draw = generator(seed, "router noise", layer)
-    rows = parts.router + noise * torch.randn(parts.router.shape, generator=draw)
-    return MoEParts(parts.experts, rows, parts.shared, parts.shared_gate)
+    return each(ffn, changed)
 
 
 def _start(
@@ -269,12 +275,12 @@ def _start(
     weights: str,
     router: str,
     keep_output: bool,
-    reinit: float,
-    noise: float,
-    router_noise: float,
+    change: Change,
 ) -> Start:
-    if reinit or noise:
-        what = "neurons of every expert are drawn anew" if reinit else "there is noise on experts"
+    router_noise = change.router_noise
+    if change.reinit or change.noise:
+        what = "neurons of every expert are drawn anew"
+        what = what if change.reinit else "there is noise on experts"
         return Start.not_equal(f"{what}, which breaks the symmetry of the copies.")
     if not shape.chosen_whole:
         return Start.not_equal(
