@@ -57,7 +57,12 @@ def scaled(ffn: FFN, factor: float) -> FFN:
     output is linear in that matrix and in no other."""
     if factor == 1.0:
         return ffn
-    return FFN(ffn.name, ffn.gate, ffn.up, mapped(ffn.down, lambda whole: whole.float() * factor))
+    down = ffn.down
+
+    def read(region: Region) -> Tensor:
+        return (down.read(region).float() * factor).to(down.dtype)
+
+    return FFN(ffn.name, ffn.gate, ffn.up, Deferred(down.shape, down.dtype, read))
 
 
 def each(ffn: FFN, change: Callable[[str, Tensor], Tensor]) -> FFN:
