@@ -82,7 +82,8 @@ def upcycle_table(record: dict[str, Any]) -> str:
         [
             "## Growing a MoE, beside training one from scratch",
             "`benchmarks/upcycle_table.py`. A dense model of "
-            f"{found['model']['num_hidden_layers']} layers of width {found['model']['hidden_size']} after {options['base']} steps of "
+            f"{found['model']['num_hidden_layers']} layers of width "
+            f"{found['model']['hidden_size']} after {options['base']} steps of "
             f"{options['tokens']:,} tokens, four fine-tunes of it on groups of domains "
             f"({options['branch']} steps each), and what became of them when all had used the "
             f"multiplications of {options['budget']} dense steps (untrained rows: what is said). "

@@ -65,11 +65,12 @@ def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     size = 64 * 2**20
     with PeakMemory(interval=0.001) as memory:
         # Fresh pages from the kernel: malloc may hand out a free piece of heap that is resident.
-        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-            block[::4096] = b"x" * (size // 4096)
-            sampled = rss_anon()
-            while memory.peak < sampled - 2**20:
-                pass
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block[::4096] = b"x" * (size // 4096)
+        sampled = rss_anon()
+        while memory.peak < sampled - 2**20:
+            pass
+        block.close()
     # Pages touched are counted exactly; one MiB of slack covers what the sampler itself allocates.
     assert size - 2**20 < memory.above_start < size + 8 * 2**20
     assert rss_anon() < memory.peak

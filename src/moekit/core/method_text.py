@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,17 +34,27 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def check_options(method: Method, options: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for an option that a method does not have, or a value of another type.
+    """Raise UserError for an option that a method does not have, a value of another type, and an
+    option that it needs and is not given.
 
     `where` names the place in the error, as "--method reap".
     """
     known = {option.name: option for option in method.options}
     for key, value in options.items():
         if key not in known:
-            there = ", ".join(known) or "none"
-            raise UserError(f"{where} has no option {key!r}; there are {there}")
-        wanted = [part for part in known[key].type.split(" | ") if part != "None"]
+            near = difflib.get_close_matches(key, known, 1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
+            )
+            raise UserError(f"{where} has no option {key!r}; {hint}")
+        allowed = known[key].type.split(" | ")
+        wanted = [part for part in allowed if part != "None"]
+        if value is None and wanted != allowed:
+            continue
         kinds: list[Any] = [PLAIN_TYPES.get(part, object) for part in wanted]
         right = any(isinstance(value, kind) for kind in kinds)
-        if not right or (isinstance(value, bool) and "bool" not in wanted):
+        if not right or (isinstance(value, bool) and not {"bool", "Any"} & {*wanted}):
             raise UserError(f"{where}: {key} is {' or '.join(wanted)}, not {value!r}")
+    missing = [name for name, option in known.items() if option.required and name not in options]
+    if missing:
+        raise UserError(f"{where} needs option {', '.join(missing)}")

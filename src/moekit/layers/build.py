@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from moekit.core.errors import UserError
+from moekit.core.method_text import check_options
 from moekit.core.registry import Method, registry
-
-from .names import one_of
 
 
 def build_router(name: str, width: int, num_experts: int, top_k: int, **options: Any) -> nn.Module:
@@ -38,28 +37,5 @@ def build_bank(name: str, width: int, count: int, **options: Any) -> nn.Module:
 
 def checked(method: Method, options: Mapping[str, Any]) -> Callable[..., Any]:
     """The code of `method`, once `options` are known to be its own and of the right type."""
-    known = {option.name: option for option in method.options}
-    for name, value in options.items():
-        one_of(f"option of {method.kind} {method.name!r}", name, known)
-        if not _fits(value, known[name].type):
-            raise UserError(
-                f"option {name} of {method.kind} {method.name!r} is {value!r}, "
-                f"not of type {known[name].type}"
-            )
-    missing = [option.name for option in method.options if option.required]
-    missing = [name for name in missing if name not in options]
-    if missing:
-        raise UserError(f"{method.kind} {method.name!r} needs option {', '.join(missing)}")
+    check_options(method, options, f"{method.kind} {method.name!r}")
     return method.load()
-
-
-def _fits(value: Any, wanted: str) -> bool:
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
-    allowed = [kinds.get(part.strip()) for part in wanted.split("|")]
-    if value is None:
-        return "None" in wanted
-    if isinstance(value, bool):
-        return bool in allowed or not any(allowed)
-    plain = tuple(kind for kind in allowed if kind is not None)
-    # Types beyond the plain ones (lists, mappings) are checked by the method itself.
-    return not plain or any(isinstance(value, kind) for kind in plain)
