@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moekit.cli.common import JsonOption, output, progress
+from moekit.cli.common import JsonOption, NoSeedOption, output, progress
 from moekit.core.memory import format_bytes
 
 
@@ -33,6 +33,7 @@ def task_vector(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    seed: NoSeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write a fine-tune as its base and the signs of its largest changes (ComPEFT).

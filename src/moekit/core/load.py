@@ -46,8 +46,8 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, **options: An
     """Load `babel`, a local directory or a hub id; `dtype` None keeps the stored number format.
 
     `options` go to `from_pretrained`. Only classes of transformers and of moekit are used, and
-    only safetensors are read. Raises UserError where there is no model, for a dense model, an unknown
-    family, a damaged or incomplete checkpoint, and a hub that cannot be reached.
+    only safetensors are read. Raises UserError where there is no model, for a dense model, an
+    unknown family, a damaged or incomplete checkpoint, and a hub that cannot be reached.
     """
     from moekit.core.architecture import read_config
     from moekit.core.spec import MoESpec

@@ -101,9 +101,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
         # post_init asks its own children alone, of which the experts are none.
         for j, expert in enumerate(self.experts):
-            tied = expert.all_tied_weights_keys.items()
+            tied: dict[str, str] = expert.all_tied_weights_keys  # type: ignore[assignment]
             self.all_tied_weights_keys.update(
-                {f"experts.{j}.{one}": f"experts.{j}.{other}" for one, other in tied}
+                {f"experts.{j}.{one}": f"experts.{j}.{other}" for one, other in tied.items()}
             )
 
     def get_input_embeddings(self) -> Any:
