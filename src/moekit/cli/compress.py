@@ -34,7 +34,7 @@ VERBS = {
     ),
     "task-vector": (
         "moekit.cli.compress_task_vector:task_vector",
-        "Write a fine-tune as its base and the signs of its largest changes (ComPEFT).",
+        "Write a fine-tune as signs over its base (ComPEFT).",
     ),
     "plan": ("moekit.cli.compress_plan:plan", "Check, show and join plans."),
 }

@@ -36,7 +36,7 @@ def task_vector(
     seed: NoSeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a fine-tune as its base and the signs of its largest changes (ComPEFT).
+    """Write a fine-tune as signs over its base (ComPEFT).
 
     OUT can be named as a model in recipes of moekit merge, which writes it out whole again.
     """
