@@ -6,10 +6,12 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from moekit.core.apply_plan import ResultLayer
@@ -195,8 +197,18 @@ def _write_tensors(
     tensors: Mapping[str, Written],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    for name, first in writer.pending():
-        for row, piece in tensors[name].pieces(first):
-            writer.write_rows(name, row, piece)
+    """Write what is pending; the next piece is read and computed while one is written."""
+    pieces = (
+        (name, row, piece)
+        for name, first in writer.left()
+        for row, piece in tensors[name].pieces(first)
+    )
+    # Whether gradients are kept is a thread's own matter.
+    grad = (torch.is_grad_enabled(),)
+    with ThreadPoolExecutor(1, initializer=torch.set_grad_enabled, initargs=grad) as reader:
+        following = reader.submit(next, pieces, None)
+        while (made := following.result()) is not None:
+            following = reader.submit(next, pieces, None)
+            writer.write_rows(*made)
             if progress is not None:
                 progress(writer.written_bytes, writer.total_bytes)

@@ -238,6 +238,15 @@ class CheckpointWriter:
             if self._index == before:
                 raise ValueError(f"{name} was not written completely")
 
+    def left(self) -> list[tuple[str, int]]:
+        """What `pending` would yield from now on, for those who make tensors ahead of writing."""
+        self._skip_finished()
+        names = self._order[self._index :]
+        return [
+            (name, 0 if number else self._done // self._row_bytes(name))
+            for number, name in enumerate(names)
+        ]
+
     def _row_bytes(self, name: str) -> int:
         info = self.tensors[name]
         return max(1, math.prod(info.shape[1:]) * info.dtype.itemsize)
