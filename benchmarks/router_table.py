@@ -3,9 +3,10 @@
     python benchmarks/router_table.py --data DATA --work DIR [--seconds 1000] [--only NAME ...]
 
 DATA is the folder that babel was trained on. Every row of `router_cases` is trained by moekit's own
-trainer on about a million tokens, once a seed; a seed gives all rows the same weights outside the
-experts' layers, the same windows in the same order, and the same held-out windows. Goes on where it
-stopped; writes benchmarks/results/router_table.json when complete, or with --publish what there is.
+trainer on about a million tokens, once a seed; a seed gives all rows the same windows in the same
+order, and all runs are measured on the same held-out windows. Initial weights differ where the
+parts do. Goes on where it stopped; writes benchmarks/results/router_table.json when complete, or
+with --publish what there is.
 """
 
 from __future__ import annotations
