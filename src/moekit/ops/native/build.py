@@ -24,7 +24,10 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math"),
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpclmul")
-_AVX512 = tuple(f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16"))
+_AVX512 = (
+    *(f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")),
+    "-mvpclmulqdq",
+)
 ISA_FLAGS = {
     "_avx2": _AVX2,
     "_avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512"),

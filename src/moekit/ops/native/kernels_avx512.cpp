@@ -11,7 +11,7 @@ const Kernels avx512_kernels = {
     multiply_blocks<multiply_groups_avx512, multiply_rows_avx512>,
     activate,
     add_scaled,
-    crc32_folded,
+    crc32_folded_wide,
 };
 }
 #endif
