@@ -28,6 +28,8 @@ KEEP = 0.05
 # Passes without anything worth a hint after which only one in so many is predicted: asking a
 # predictor takes time, and what cannot be predicted now may be later.
 PATIENCE = 16
+# Weight of the last layer in the running mean of idle time.
+NEWEST = 0.02
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Prefetcher:
         self._calibration = Calibration(len(self._bytes), top_k / num_experts)
         # Hinted in vain and not there when their layer came: read after all, or dropped.
         self._late: dict[int, list[int]] = {}
+        # Running mean of the part of a layer's time in which it leaves the disk idle.
+        self._idle_part = 1.0
         # Passes so far, and since one brought something.
         self._passes = self._idle = 0
         self.start()
@@ -111,7 +115,7 @@ class Prefetcher:
         self._passes += 1
         self._idle += 1
         self.predictor.begin(tokens)
-        return self._hints(-1, 0.0, resident)
+        return self._hints(-1, self.layer_seconds, resident)
 
     def observe(
         self, layer: int, ids: ArrayLike, hidden: ArrayLike | None, resident: NDArray
@@ -122,7 +126,11 @@ class Prefetcher:
         """
         self.predictor.observe(layer, ids, hidden)
         missing = self._settle(layer, np.asarray(ids), resident[layer] != 0)
-        return self._hints(layer, missing * self._bytes[layer] / self.bandwidth, resident)
+        busy = missing * self._bytes[layer] / self.bandwidth
+        idle = max(0.0, self.layer_seconds - busy)
+        if self.layer_seconds > 0:
+            self._idle_part += NEWEST * (idle / self.layer_seconds - self._idle_part)
+        return self._hints(layer, idle, resident)
 
     def _settle(self, layer: int, ids: NDArray, resident: NDArray[np.bool_]) -> int:
         """Compare what was expected of a layer with what it used; return how many are missing."""
@@ -142,12 +150,11 @@ class Prefetcher:
         self._late[layer] = [e for e in plan.hinted if not (resident[e] or used[e])]
         return missing
 
-    def _hints(self, layer: int, busy: float, resident: NDArray) -> list[Hint]:
-        """Hints after `layer`, whose own reads keep the disk `busy` for seconds."""
+    def _hints(self, layer: int, idle: float, resident: NDArray) -> list[Hint]:
+        """Hints after `layer`, which itself leaves the disk `idle` for seconds."""
         if self._idle > PATIENCE and self._passes % PATIENCE:
             return []
-        hints, issued, waiting = [], 0, busy
-        this_layer = max(self.layer_seconds, busy)
+        hints, issued, waiting = [], 0, 0.0
         for ahead in range(1, min(self.reach, len(self._bytes) - 1 - layer) + 1):
             target = layer + ahead
             plan = self._plans.setdefault(target, _Plan())
@@ -163,7 +170,8 @@ class Prefetcher:
             chosen = np.flatnonzero(~absent & (chance >= KEEP)).tolist()
             for expert in np.lexsort((-scores, -chance)):
                 p = float(chance[expert])
-                slack = this_layer + (ahead - 1) * self.layer_seconds - waiting
+                # The layers between want the disk too, as often as layers did of late.
+                slack = idle + (ahead - 1) * self._idle_part * self.layer_seconds - waiting
                 full = self.budget is not None and issued + size > self.budget
                 if full or not self._pays(p, seconds, slack):
                     break
