@@ -20,9 +20,9 @@ from moekit.train.recipe import Recipe
 from moekit.train.run import Run
 from moekit.train.tokenizer import train_tokenizer
 
-VOCAB, LENGTH, WINDOWS, MICRO = 1024, 256, 16, 8
+VOCAB, LENGTH, WINDOWS, MICRO = 1024, 128, 32, 32
 EXPONENT = 0.7
-HELD_OUT = 192
+HELD_OUT = 384
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -30,7 +30,11 @@ def training(steps: int, seed: int, lr: float = 4e-3) -> dict[str, Any]:
     """The sections of a recipe that all runs have in common."""
     return {
         "tokenizer": {"vocab_size": VOCAB},
-        "optim": {"name": "adamw", "lr": lr, "embedding_lr": lr, "warmup_steps": 20},
+        # So few steps reach little with AdamW: 4.7 nats where Muon and these rates reach 3.7.
+        "optim": {
+            **{"name": "muon", "lr": lr, "muon_lr": 5 * lr, "embedding_lr": 10 * lr},
+            **{"warmup_steps": 20, "decay": 0.6},
+        },
         "train": {
             **{"tokens": steps * WINDOWS * LENGTH, "seq_len": LENGTH, "seed": seed},
             **{"batch_windows": WINDOWS, "micro_windows": MICRO, "precision": "fp32"},
@@ -90,7 +94,7 @@ class Texts:
         """Nats a token, and the routings of moekit's own layers."""
         model.eval()
         total, tokens, routings = 0.0, 0, []
-        for number, ids in enumerate(self.held_out.split(16)):
+        for number, ids in enumerate(self.held_out.split(32)):
             given: dict[str, Any] = {}
             if model.config.model_type == "moekit":
                 given["router_context"] = RouterContext(len(ids), LENGTH, step=step, seed=number)
