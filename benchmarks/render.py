@@ -16,14 +16,14 @@ from render_condense import compress_condense
 from render_engine import opening, pack_memory, run_forecast, run_memory, run_uniform_routing
 from render_kernels import native_kernels
 from render_layers import layer_compute
-from render_merge import merge_babel, merge_speed
+from render_merge import merge_babel, merge_speed, merge_twins
 from render_peers import compress_auto, compress_peers
 from render_predictors import predictors
 from render_prune import compress_prune, dynamic_pruning
 from render_quantize import compress_quantize
 from render_routers import router_table
 from render_runtime import gguf_llama_cpp, run_in_memory, run_larger_than_memory, serve_streams
-from render_upcycle import upcycle_table
+from render_upcycle import upcycle_peers, upcycle_table
 from tables import machine, table
 
 HERE = Path(__file__).parent
@@ -348,10 +348,12 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge_speed": merge_speed,
     "merge_speed_large": merge_speed,
     "merge_babel": merge_babel,
+    "merge_twins": merge_twins,
     "compress_auto": compress_auto,
     "compress_peers": compress_peers,
     "router_table": router_table,
     "upcycle_table": upcycle_table,
+    "upcycle_peers": upcycle_peers,
 }
 
 

@@ -3,9 +3,9 @@
 from statistics import mean, stdev
 from typing import Any
 
+from claims import claims_table
 from tables import machine, table
 
-# What is said, by whom, and the (worse, better) rows that show it.
 CLAIMS = (
     (
         "An upcycled MoE beats going on with the dense model",
@@ -64,20 +64,9 @@ def upcycle_table(record: dict[str, Any]) -> str:
         first = next(iter(runs.values()))
         cells = [f"{first['dense_steps']:,.0f}", f"{first['parameters']:,}"]
         lines.append([name, f"{mean(losses):.3f}{spread}", *cells])
-    claims = []
-    for text, paper, worse, better in CLAIMS:
-        both = sorted(by_name.get(worse, {}).keys() & by_name.get(better, {}).keys())
-        gains = [by_name[worse][s]["loss"] - by_name[better][s]["loss"] for s in both]
-        if not gains:
-            continue
-        verdict = "one seed only"
-        if len(gains) > 1:
-            certain = abs(mean(gains)) > 2 * stdev(gains) / len(gains) ** 0.5
-            verdict = (
-                ("reproduced" if mean(gains) > 0 else "refuted") if certain else "within noise"
-            )
-        by_seed = ", ".join(f"{gain:+.4f}" for gain in gains)
-        claims.append([f"{text} ({paper})", f"**{verdict}**", f"{mean(gains):+.4f}", by_seed])
+    losses = {
+        name: {seed: run["loss"] for seed, run in runs.items()} for name, runs in by_name.items()
+    }
     return "\n\n".join(
         [
             "## Growing a MoE, beside training one from scratch",
@@ -95,6 +84,41 @@ def upcycle_table(record: dict[str, Any]) -> str:
             table(["", "loss", "dense steps", "parameters"], lines),
             "What papers claim, seed by seed; reproduced or refuted where the mean is beyond two "
             "standard errors:",
-            table(["claim", "verdict", "mean difference", "by seed"], claims),
+            claims_table(CLAIMS, losses),
+        ]
+    )
+
+
+def upcycle_peers(record: dict[str, Any]) -> str:
+    """Joining fine-tunes beside mergekit-moe."""
+    found = record["metrics"]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        cells.setdefault((row["mode"], row["tool"]), []).append(row)
+    lines = []
+    for mode in dict.fromkeys(row["mode"] for row in found["rows"]):
+        line = [mode]
+        for tool in ("mergekit", "moekit"):
+            runs = cells[mode, tool]
+            losses = [run["loss"] for run in runs]
+            line += [
+                f"{mean(losses):.3f} ± {stdev(losses):.3f}",
+                f"{mean(run['own_expert_first'] for run in runs):.1%}",
+            ]
+        lines.append(line)
+    return "\n\n".join(
+        [
+            "## Fine-tunes joined beside mergekit-moe",
+            "`benchmarks/upcycle_peers.py`. The dense model and the four fine-tunes of the table "
+            "before, joined by mergekit-moe 0.1.5 and by moekit from the same recipe with "
+            f"{record['options']['prompts']} prompts an expert, nothing trained. All weights but "
+            "the routers' are equal bit for bit. Held-out loss in nats a token (mean and standard "
+            "deviation over the seeds), and the share of held-out tokens whose first expert is "
+            f"that of their group of domains ({1 / found['groups']:.0%} by chance). "
+            + machine(record),
+            table(
+                ["gate_mode", "mergekit loss", "own first", "moekit loss", "own first"],
+                lines,
+            ),
         ]
     )
