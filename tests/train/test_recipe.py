@@ -27,6 +27,18 @@ def test_steps_cover_the_tokens() -> None:
     assert recipe.steps == 2
 
 
+def test_evaluations_see_a_window_where_that_is_short() -> None:
+    assert recipe_from_dict(with_field("train", "seq_len", 64)).train.context == 64
+    assert recipe_from_dict(with_field("train", "seq_len", 2048)).train.context == 512
+
+
+def test_evaluations_fit_the_model() -> None:
+    raw = with_field("model", "max_position_embeddings", 512)
+    raw["train"] = {"tokens": 100, "eval_context": 600}
+    with pytest.raises(UserError, match="eval_context 600 exceeds model.max_position_embeddings"):
+        recipe_from_dict(raw)
+
+
 def test_overrides(tmp_path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: x\nmodel: {model_type: qwen3_moe}\n")
@@ -44,6 +56,7 @@ def test_overrides(tmp_path) -> None:
         ("train", "seq_len", "long", "train.seq_len is 'long'; expected int"),
         ("train", "micro_windows", 5, "16 is not a multiple of train.micro_windows 5"),
         ("train", "attention", "spda", "Did you mean 'sdpa'"),
+        ("train", "eval_context", -1, "train.eval_context is -1"),
         ("optim", "name", "sgd", "optim.name is 'sgd'"),
         ("optim", "decay", 1.5, "optim.decay is 1.5"),
         ("model", "max_position_embeddings", 256, "512 exceeds model.max_position_embeddings 256"),

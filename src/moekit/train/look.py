@@ -22,7 +22,7 @@ def evaluate(run: Run, max_bytes: int | None) -> dict[str, Any]:
     run.model.set_attn_implementation("sdpa")
     precision = torch.bfloat16 if run.recipe.train.precision == "bf16" else None
     try:
-        context = run.recipe.train.eval_context
+        context = run.recipe.train.context
         score = bits_per_byte(
             run.model,
             run.tokenizer,
@@ -70,7 +70,7 @@ def write_probe(run: Run, step: int) -> None:
     samples = []
     for sample in probe_text(run):
         ids = [end, *run.tokenizer(sample.text, add_special_tokens=False)["input_ids"]]
-        samples.append((ids[: run.recipe.train.eval_context], sample.domain))
+        samples.append((ids[: run.recipe.train.context], sample.domain))
     attention = run.model.config._attn_implementation
     run.model.set_attn_implementation("sdpa")
     try:

@@ -98,7 +98,8 @@ class TrainRecipe:
     not learn, and from the fraction `freeze_routers_at` of the run on routers do not either. With
     `consistency` every micro-batch runs twice and the divergence of the passes, in which a random
     router chooses differently, counts so much in the loss (THOR, arXiv 2110.04260). Probes hold the
-    router logits too with `probe_logits`: 2 bytes a token, MoE layer and expert.
+    router logits too with `probe_logits`: 2 bytes a token, MoE layer and expert. Evaluations and
+    probes see `eval_context` tokens, or as many as a window, at most 512.
     """
 
     tokens: int = 1_000_000
@@ -125,7 +126,12 @@ class TrainRecipe:
     probe_at: tuple[int, ...] = ()
     probe_bytes: int = 4_000
     probe_logits: bool = True
-    eval_context: int = 512
+    eval_context: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of context in evaluations and probes."""
+        return self.eval_context or min(512, self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -233,10 +239,11 @@ def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
             "use adamw."
         )
     limit = recipe.model.get("max_position_embeddings")
-    if limit is not None and train.seq_len > limit:
-        raise UserError(
-            f"train.seq_len {train.seq_len} exceeds model.max_position_embeddings {limit}."
-        )
+    for name, value in (("seq_len", train.seq_len), ("eval_context", train.context)):
+        if limit is not None and value > limit:
+            raise UserError(f"train.{name} {value} exceeds model.max_position_embeddings {limit}.")
+    if train.context < 2:
+        raise UserError(f"train.eval_context is {train.context}; it must be at least 2.")
     if "path" in recipe.model and recipe.tokenizer.path is None:
         own = dataclasses.replace(recipe.tokenizer, path=str(recipe.model["path"]))
         recipe = dataclasses.replace(recipe, tokenizer=own)
