@@ -5,7 +5,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from moekit.core.errors import UserError
 
@@ -298,7 +299,11 @@ def _build(cls, raw: Any, path: str):
 
 
 def _cast(value: Any, kind: Any, path: str) -> Any:
-    if kind in (float, float | None) and isinstance(value, str):
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string; nobody means one.
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -319,6 +324,4 @@ def _cast(value: Any, kind: Any, path: str) -> Any:
     wrong = get_origin(kind) is dict and not isinstance(value, dict)
     if wrong or kind in (float, int, str, bool, tuple[int, ...], tuple[str, ...]):
         raise UserError(f"{path} is {value!r}; expected {getattr(kind, '__name__', kind)}.")
-    if value is not None and kind in (float | None, int | None):
-        return float(value)
     return value
