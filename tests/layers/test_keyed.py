@@ -69,7 +69,7 @@ def test_the_load_loss_on_weights_is_top_k_at_balance_and_more_off_it():
     ids = torch.cat([ids, (ids + 1) % E], 1)
     half = torch.full((T, 2), 0.5)
     even = weight_load_loss(Routing.from_topk(ids, half, E))
-    assert even.item() == pytest.approx(K, rel=1e-6)
+    assert even.item() == pytest.approx(weight_load_loss.at_balance(E, K), rel=1e-6)
     mask = torch.arange(T) < 6
     padded = weight_load_loss(Routing.from_topk(ids, half, E, token_mask=mask))
     assert padded.item() == pytest.approx(K, rel=1e-6)

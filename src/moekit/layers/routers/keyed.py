@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moekit.core.errors import UserError
 from moekit.core.registry import register
 
+from ..balance.load import at_balance
 from ..context import RouterContext
 from ..names import one_of
 from ..router import PipelineRouter
@@ -120,6 +121,7 @@ def timestep_router(
     paper="MoDE, arXiv:2412.12953",
     needs=("training",),
 )
+@at_balance(lambda experts, top_k: float(top_k))
 def weight_load_loss(routing: Routing) -> Tensor:
     """E * sum over experts of (summed weight / tokens) * (pairs / tokens), no gradient of the load.
 
