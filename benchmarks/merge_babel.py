@@ -42,9 +42,9 @@ DOMAINS = ("code-python", "math-en", "tech-de", "tech-es")
 OTHERS = "others"
 CONTEXT = 256
 # Of a fine-tune: sequences of a step, and the learning rate it begins with.
-BATCH, RATE = 8, 1e-4
+BATCH, RATE = 8, 2e-4
 # Tokens of each domain for methods that learn from text; steps and merges of those that search.
-CALIBRATION, LEARNING, BUDGET = 4096, 40, 60
+CALIBRATION, LEARNING, BUDGET = 4096, 24, 24
 
 Parameters = dict[str, Any]
 TIES = {"weight": 1.0, "density": 0.2}
@@ -215,8 +215,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where the fine-tunes are kept")
-    parser.add_argument("--bytes", type=int, default=3000, help="of each domain of valid")
-    parser.add_argument("--steps", type=int, default=120, help="of a fine-tune")
+    parser.add_argument("--bytes", type=int, default=2000, help="of each domain of valid")
+    parser.add_argument("--steps", type=int, default=60, help="of a fine-tune")
     parser.add_argument("--only", help="these methods, by comma")
     parser.add_argument("--seconds", type=float, help="stop after so many, to be called again")
     parser.add_argument("--write", action="store_true", help="write the results there are")

@@ -52,6 +52,9 @@ def switch_loss(weight: float = 0.01, **more: Any) -> dict[str, Any]:
 
 
 AUX = losses(switch_loss())
+# As many experts as three layers have of their own.
+POOL = bank(count=3 * EXPERTS)
+GROWING = {"start": STEPS // 10, "end": STEPS // 3}
 BASE = moe("softmax-renormalised")
 
 CASES = [
@@ -123,12 +126,14 @@ CASES = [
     Case("ssr", moe("ssr")),
     Case("thor", moe("thor")),
     Case("chain of 2 x 1", moe("softmax-raw", 1, rounds=2), AUX),
-    Case("pool of 2 layers", moe("softmax-raw", share_pool=2), AUX),
+    Case("one pool of 48 for 3 layers", moe("softmax-raw", experts=POOL, share_pool=3), AUX),
     Case(
-        "rexmoe, pool of 2 layers",
-        moe("rexmoe", share_pool=2, candidates=16, start=STEPS // 10, end=STEPS // 3),
+        "rexmoe, 16 to 48 of one pool",
+        moe("rexmoe", experts=POOL, share_pool=3, candidates=16, **GROWING),
         AUX,
     ),
+    # What the growing number of candidates does without a pool: the paper has no such control.
+    Case("own experts, 8 to 16 of them", moe("rexmoe", candidates=8, **GROWING), AUX),
     Case("sigma, until 90 %", moe("progressive-sparsity", until=9 * STEPS // 10, early=[4]), AUX),
     Case("elastic", moe("elastic"), AUX),
     Case("emo", moe("emo", smallest_pool=8, largest_pool=16), AUX),
@@ -165,8 +170,14 @@ CASES = [
         ),
         AUX,
     ),
-    Case("low-rank", moe("softmax-renormalised", experts=bank("low-rank", expert_width=96)), AUX),
-    Case("latent", moe("softmax-renormalised", experts=bank("latent", group=4)), AUX),
+    Case(
+        "low-rank",
+        moe("softmax-renormalised", experts=bank("low-rank", expert_width=96, latent_width=24)),
+        AUX,
+    ),
+    Case(
+        "latent", moe("softmax-renormalised", experts=bank("latent", group=4, latent_width=32)), AUX
+    ),
     Case("ternary", moe("softmax-renormalised", experts=bank("ternary")), AUX),
     Case(
         "MoE in every second layer",
@@ -224,8 +235,20 @@ CLAIMS = [
     (
         "Experts reused over layers beat own ones",
         "ReXMoE 2510.17483",
-        "pool of 2 layers",
-        "rexmoe, pool of 2 layers",
+        "top-k, raw weights",
+        "rexmoe, 16 to 48 of one pool",
+    ),
+    (
+        "Growing candidates help a pool",
+        "ReXMoE 2510.17483",
+        "one pool of 48 for 3 layers",
+        "rexmoe, 16 to 48 of one pool",
+    ),
+    (
+        "Growing candidates help without a pool",
+        "control of ReXMoE",
+        "top-k, raw weights",
+        "own experts, 8 to 16 of them",
     ),
     (
         "Rounding to tiles costs nothing",
