@@ -1,6 +1,6 @@
 """What papers claim of one method beside another, decided from paired seeds."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from statistics import mean, stdev
 
 from tables import table
@@ -10,16 +10,18 @@ Claim = tuple[str, str, str, str]
 
 
 def claims_table(
-    claims: Iterable[Claim], losses: dict[str, dict[int, float]], shown_only: Collection[str] = ()
+    claims: Iterable[Claim],
+    losses: dict[str, dict[int, float]],
+    remark: Callable[[str, str], str] = lambda worse, better: "",
 ) -> str:
-    """The verdicts; `losses` are by row and seed, and rows `shown_only` are no fair comparison."""
+    """The verdicts; `losses` are by row and seed, `remark` says what a comparison suffers from."""
     lines = []
     for text, paper, worse, better in claims:
         both = sorted(losses.get(worse, {}).keys() & losses.get(better, {}).keys())
         gains = [losses[worse][seed] - losses[better][seed] for seed in both]
         if not gains:
             continue
-        said = verdict(gains) + (", but not causal" if better in shown_only else "")
+        said = verdict(gains) + remark(worse, better)
         error = f" ({_error(gains):.4f})" if len(gains) > 1 else ""
         by_seed = ", ".join(f"{gain:+.4f}" for gain in gains)
         lines.append([f"{text} ({paper})", f"**{said}**", f"{mean(gains):+.4f}{error}", by_seed])

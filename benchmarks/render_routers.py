@@ -22,7 +22,14 @@ def router_table(record: dict[str, Any]) -> str:
     losses = {
         name: {seed: run["loss"] for seed, run in runs.items()} for name, runs in by_name.items()
     }
-    not_causal = {name for name, runs in by_name.items() if not runs[seeds[0]]["causal"]}
+
+    def remark(worse: str, better: str) -> str:
+        said = "" if by_name[better][seeds[0]]["causal"] else ", but not causal"
+        work = [by_name[name][seeds[0]].get("experts_a_token") for name in (worse, better)]
+        if None not in work and not 0.95 < work[1] / work[0] < 1.05:
+            said += f", at {work[1] / work[0]:.1f} times the work"
+        return said
+
     return "\n\n".join(
         [
             "## Routers and balance rules, trained",
@@ -45,7 +52,7 @@ def router_table(record: dict[str, Any]) -> str:
             "equality say. A step is one micro-batch, so the balance loss is over all of it unless "
             "it says otherwise. A million tokens and 16 experts are less than any of the papers "
             "use.",
-            claims_table(CLAIMS, losses, not_causal),
+            claims_table(CLAIMS, losses, remark),
         ]
     )
 

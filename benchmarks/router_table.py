@@ -68,6 +68,12 @@ def run(texts: Texts, case: Case, seed: int) -> dict[str, Any]:
     }
 
 
+def shared_work(case: Case) -> float:
+    """What experts that every token goes through compute, in experts of the usual width."""
+    shared = (case.moe or {}).get("shared")
+    return shared["expert_width"] / EXPERT_WIDTH if shared else 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -99,7 +105,10 @@ def main() -> None:
                 # What a row is, is part of its key: a changed recipe is trained again.
                 key = json.dumps([case.name, case.moe, case.balance, seed])
                 found = done.of(key, lambda c=case, s=seed: run(texts, c, s))
-                rows.append({"name": case.name, "causal": case.causal, "seed": seed, **found})
+                row = {"name": case.name, "causal": case.causal, "seed": seed, **found}
+                if "experts_a_token" in found:
+                    row["experts_a_token"] += shared_work(case)
+                rows.append(row)
     except OutOfTime:
         complete = False
         print(f"{len(done.found)} runs are done; call again to go on")
