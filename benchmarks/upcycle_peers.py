@@ -31,7 +31,7 @@ from moekit.upcycle.run import upcycle
 
 RESULT = Path(__file__).parent / "results" / "upcycle_peers.json"
 MODES = ("hidden", "hidden_avg", "cheap_embed", "random")
-PROMPTS, CHARACTERS, WINDOWS = 12, 240, 24
+PROMPTS, CHARACTERS, WINDOWS = 12, 240, 30
 
 MERGEKIT = """
 import sys, torch, yaml
@@ -51,16 +51,13 @@ def prompts(texts: dict[str, list[str]], domains: tuple[str, ...]) -> list[str]:
 
 
 def windows(tokenizer: Any, texts: dict[str, list[str]], domains: tuple[str, ...]) -> torch.Tensor:
-    """Tokens [WINDOWS, LENGTH], one window a document, the domains in turn."""
-    found: list[list[int]] = []
-    number = 0
-    while len(found) < WINDOWS:
-        own = texts[domains[number % len(domains)]]
-        ids = tokenizer(own[number // len(domains)], add_special_tokens=False)["input_ids"]
-        if len(ids) >= LENGTH:
-            found.append(ids[:LENGTH])
-        number += 1
-    return torch.tensor(found)
+    """Tokens [WINDOWS, LENGTH], equal parts of the domains' beginnings."""
+    found = []
+    for domain in domains:
+        ids = tokenizer(" ".join(texts[domain]), add_special_tokens=False)["input_ids"]
+        part = WINDOWS // len(domains)
+        found.append(torch.tensor(ids[: part * LENGTH]).view(part, LENGTH))
+    return torch.cat(found)
 
 
 @torch.no_grad()
