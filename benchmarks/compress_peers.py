@@ -50,6 +50,13 @@ LLAMA = {
     "Q3_K_M": 12,
     "Q2_K": 10,
 }
+# Mixes of two widths: their average, they, and the rest of the model.
+MIXES = (
+    ("3.7", "3,4", "int8"),
+    ("3.5", "3,4", "int8"),
+    ("2.7", "2,3", "int8"),
+    ("3.3", "3,4", "int4"),
+)
 QUANTISE = """
 import ctypes, sys, llama_cpp as peer
 params = peer.llama_model_quantize_default_params()
@@ -94,6 +101,10 @@ def cases() -> list[Case]:
     for average in ("2.5", "2.75"):
         mix = uniform("gptq:reach=0.5", "int3-zp", 64, "--bits-avg", average)
         found.append(Case(f"{average} bits by programme, rest int8", mix))
+    for average, widths, resident in MIXES:
+        mix = uniform("gptq:reach=0.5", "int3-zp", 64, "--bits-avg", average, "--widths", widths)
+        name = f"{average} bits of {widths.replace(',', ' and ')}, rest {resident}"
+        found.append(Case(name, mix, resident))
     for ratio in (0.125, 0.25):
         for bits in (4, 3):
             arguments = uniform("gptq:reach=0.5", f"int{bits}-zp", 64)

@@ -93,6 +93,19 @@ def test_a_mix_of_widths_packs_each_expert_in_its_own(moekit, wide, text, tmp_pa
     assert load_packed(out, "float32").model.config.num_experts == 8
 
 
+def test_widths_of_a_mix_are_chosen(moekit, wide, text, tmp_path):
+    out = tmp_path / "out"
+    done = moekit(
+        *("compress", "quantize", wide, out, "--bits-avg", 3.5, "--widths", "3,4"),
+        *("--data", text, "--seq-len", 32, "--json"),
+    )
+    assert done.code == 0, done
+    for row in done.json["numbers"]["layers"]:
+        assert row["experts_at"] == {"3": 4, "4": 4}
+    header = json.loads((out / "packed.json").read_text())
+    assert {codec["name"] for codec in header["layers"][0]["codecs"]} == {"int3-zp", "int4-zp"}
+
+
 def test_a_plan_alone_is_applied_later(moekit, wide, text, tmp_path):
     plan = tmp_path / "plan.json"
     shared = ("--method", "awq:solver=gptq", "--data", text, "--seq-len", 32)
@@ -161,6 +174,14 @@ def test_formats_of_others(moekit, refused, wide, text, tmp_path):
         (("--codec", "int44"), "no codec method is named 'int44'"),
         (("--group-size", 128), "64 columns"),
         (("--bits-avg", 1, "--data", "x"), "gives 8 bits to the 8 experts"),
+        (
+            ("--bits-avg", 3.5, "--data", "x"),
+            "3.5 is no average of 1, 2, 3 bits; give other --widths",
+        ),
+        (("--bits-avg", 3, "--widths", "3,3"), "different ones, not 3, 3"),
+        (("--bits-avg", 3, "--widths", "3;4"), "3;4 are not numbers of bits"),
+        (("--bits-avg", 5, "--widths", "4,5"), "no codec 'int5-zp'"),
+        (("--widths", "3,4", "--data", "x"), "give both"),
         (("--allocate", "mc-moe"), "go together"),
         ((), "give either --stats"),
         (("--method", "rtn", "--quota", 5), "--quota is for the text of --data"),

@@ -1,6 +1,7 @@
 """The tier above RAM on a real GPU: what a kernel sees is the expert it asked for."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_stress(device, seed):
     load = torch.randn(1024, 1024, device=device.torch_device)
     with tiers(store, device, PAGES * 24, PAGES * 60) as cache:
         for _, layer in itertools.product(range(60), range(LAYERS)):
-            cache.hint((layer + 1) % LAYERS, rng.permutation(EXPERTS)[:3].tolist(), wait=True)
+            hinted = rng.permutation(EXPERTS)[:3].tolist()
+            cache.then(partial(cache.hint, (layer + 1) % LAYERS, hinted))
             chosen = np.sort(rng.choice(EXPERTS, WIDTH, replace=False))
             with cache.begin(layer, chosen) as claim:
                 for portion in claim.portions():

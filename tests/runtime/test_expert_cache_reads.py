@@ -131,18 +131,29 @@ def test_demands_go_before_hints_and_new_hints_replace_old_ones():
         other.release()
 
 
-def test_hints_that_wait_come_after_the_next_claim():
-    store = FakeStore.even(2, 8)
+def test_what_is_to_be_done_then_comes_once_after_what_the_next_claim_needs():
+    store, done = FakeStore.even(2, 8), []
+
+    def hint(expert):
+        # What the claim needs has been asked for.
+        assert 5 in cache._loads
+        done.append(expert)
+        cache.hint(1, [expert])
+
     with ExpertCache(store, 3 * PAGE, readers=1) as cache:
         serve(cache, 0, [0, 1, 2])
         before = len(store.reads)
-        cache.hint(1, [3], wait=True)
-        # Room for the hint would have cost one of these.
-        with cache.begin(0, [0, 1, 2]) as claim:
-            assert claim.ready == [0, 1, 2]
-            cache.hint(1, [4], wait=True)
-        serve(cache, 0, [0, 5])
+        cache.then(lambda: hint(3))
+        cache.then(lambda: hint(4))
+        assert done == []
+        _, go_on = store.hold(0, 5)
+        with cache.begin(0, [0, 5]) as claim:
+            assert done == [4]
+            go_on.set()
+            assert list(claim.arrivals()) == [[5]]
+        serve(cache, 0, [0])
         settle(cache)
+        assert done == [4]
         assert store.reads[before:] == [(0, 5), (1, 4)]
 
 

@@ -7,8 +7,8 @@ from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
 from moekit.core.replay import accesses, replay
 from moekit.runtime.predict import prefetch
-from moekit.runtime.predict.calibration import Calibration, bins_of
-from moekit.runtime.predict.predictor import Predictor
+from moekit.runtime.predict.calibration import UNKNOWN, Calibration, bins_of
+from moekit.runtime.predict.predictor import REACH, Predictor
 from moekit.runtime.predict.prefetch import Prefetcher
 from moekit.runtime.predict.random import RandomExperts
 from moekit.runtime.predict.recorded import Recording
@@ -216,16 +216,44 @@ def test_it_is_asked_again_when_it_knows_something(monkeypatch):
     assert useful[0] > 0.8 * useful[1]
 
 
+def test_predicting_that_costs_more_than_it_gains_rests():
+    held = recording(steps=1200)
+    rests = {}
+    for cost in (0.0, 100.0):
+        ahead = prefetcher(Oracle(held))
+        ahead.prediction_seconds = cost
+        asked = []
+        ahead.predictor.predict = lambda layer, n, o=ahead.predictor, a=asked: (
+            a.append(layer) or Oracle.predict(o, layer, n)
+        )
+        run(held, ahead)
+        rests[cost] = len(asked)
+    # One pass in 16, and those before it gives up.
+    assert 0 < rests[100.0] < 0.1 * rests[0.0]
+
+
+def seen(scores, ahead):
+    """Bins of scores that were given `ahead` layers earlier, as `Calibration.learn` takes them."""
+    bins = np.full((REACH, len(scores)), UNKNOWN)
+    bins[ahead - 1] = bins_of(np.array(scores, dtype=np.float32))
+    return bins
+
+
 def test_calibration_learns_what_scores_are_worth():
     random = np.random.default_rng(0)
-    calibration = Calibration(2, base=0.1)
-    scores = bins_of(np.array([0.9, 0.5, 0.01], dtype=np.float32))
-    assert calibration.probability(1, 2, scores) == pytest.approx(0.1)
+    calibration = Calibration(3, base=0.1)
+    bins = seen([0.9, 0.5, 0.01], 2)
+    both = bins[[1, 1]]
+    assert calibration.probabilities(0, [1, 2], both) == pytest.approx(np.full((2, 3), 0.1))
     for _ in range(20000):
-        calibration.learn(1, 2, scores, random.random(3) < [0.7, 0.2, 0.02])
+        calibration.learn(2, bins, random.random(3) < [0.7, 0.2, 0.02])
+    one, two = calibration.probabilities(0, [1, 2], both)
     # Half of 4,096 observations: a standard error below 0.011.
-    assert calibration.probability(1, 2, scores) == pytest.approx([0.7, 0.2, 0.02], abs=0.045)
-    assert calibration.probability(1, 1, scores) == pytest.approx(0.1)
+    assert two == pytest.approx([0.7, 0.2, 0.02], abs=0.045)
+    assert one == pytest.approx(np.full(3, 0.1))
+    # Layer 2 is not layer 1, and one ahead of it is not two.
+    assert calibration.probabilities(1, [1], both[:1]) == pytest.approx(np.full((1, 3), 0.1))
+    assert calibration.probabilities(-1, [2], both[:1]) == pytest.approx(np.full((1, 3), 0.1))
 
 
 def test_every_score_has_a_bin_and_higher_ones_none_below():
@@ -246,11 +274,11 @@ def test_a_layer_that_is_in_memory_is_not_predicted():
 
 def test_calibration_follows_a_change():
     calibration = Calibration(1, base=0.5)
-    score = bins_of(np.array([0.9], dtype=np.float32))
+    bins = seen([0.9], 1)
     for used in (True, False):
         for _ in range(20000):
-            calibration.learn(0, 1, score, np.array([used]))
-    assert calibration.probability(0, 1, score)[0] < 0.05
+            calibration.learn(0, bins, np.array([used]))
+    assert calibration.probabilities(-1, [1], bins[:1])[0, 0] < 0.05
 
 
 def test_impossible_settings_are_refused():

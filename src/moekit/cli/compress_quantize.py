@@ -84,9 +84,13 @@ def quantize(
         typer.Option(
             "--bits-avg",
             min=1.0,
-            max=3.0,
-            help="In place of one width: 1, 2 or 3 bits for each expert, so many on average.",
+            max=16.0,
+            help="In place of one width: one of --widths for each expert, so many bits on average.",
         ),
+    ] = None,
+    widths: Annotated[
+        str | None,
+        typer.Option(metavar="BITS,BITS[,...]", help="What --bits-avg mixes; 1,2,3 unless given."),
     ] = None,
     allocate: Annotated[
         Allocation | None,
@@ -179,6 +183,7 @@ def quantize(
             method,
             CodecChoice(name, group_size or DEFAULT_CODEC.group_size),
             bits_average=bits_avg,
+            widths=None if widths is None else _widths(widths),
             allocation=None if allocate is None else allocate.value,
             router_bits=router_bits,
             protect=protected_experts(protect or []),
@@ -210,6 +215,7 @@ def quantize(
             "codec": name,
             "group_size": request.codec.group_size,
             "bits_avg": bits_avg,
+            "widths": widths,
             "allocate": request.allocation,
             "router_bits": router_bits,
             "protect": protect,
@@ -217,6 +223,13 @@ def quantize(
         }
         _print_fallbacks(printed, made)
         finish(printed, destination, made.plan, made.rewrite, data=settings, numbers=made.numbers)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--widths {text} are not numbers of bits, as 2,3,4") from None
 
 
 def _check_text(

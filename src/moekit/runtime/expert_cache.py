@@ -36,8 +36,8 @@ class ExpertCache:
     the record of each expert (all its planes, one after the other) or 0; an address is good while a
     claim holds the expert. `readers` threads read in the background, into what `new_slots` makes.
 
-    One thread computes: `begin`, `scored`, `hint` and claims are for it alone. Raises UserError
-    where the memory holds no expert.
+    One thread computes: `begin`, `scored`, `then`, `hint` and claims are for it alone. Raises
+    UserError where the memory holds no expert.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ExpertCache:
         self._loads: dict[int, Load] = {}
         # By layer, what is hinted and not read yet, likeliest last.
         self._hints: dict[int, list[int]] = {}
-        self._hints_wait = False
+        self._then: Callable[[], object] | None = None
         self._gains: dict[int, tuple[NDArray[np.intp], NDArray[np.float64]]] = {}
         self._guarding: set[int] = set()
         self._unused: set[int] = set()
@@ -108,10 +108,18 @@ class ExpertCache:
             if layer in self._guarding:
                 self._forget_hint(layer)
             claim = self._claim(layer, numbers, held, "demand")
-            if self._hints_wait:
-                self._hints_wait = False
-                self._readers.wake()
-            return claim
+        if self._then is not None:
+            action, self._then = self._then, None
+            action()
+        return claim
+
+    def then(self, action: Callable[[], object]) -> None:
+        """Call `action` once, within the next `begin`, as soon as what that needs is being read:
+        hints given there come after it, and working them out takes time in which the disk works.
+
+        It takes the place of an action before that was not called.
+        """
+        self._then = action
 
     def scored(self, layer: int, experts: ArrayLike, scores: ArrayLike) -> None:
         """The router's scores [G] of experts [G] of the layer that begins next: what a policy of
@@ -127,13 +135,11 @@ class ExpertCache:
             numbers = np.asarray(held, dtype=np.intp) + layer * self._experts
             return self._claim(layer, numbers, held, "preload")
 
-    def hint(self, layer: int, experts: Sequence[int], *, wait: bool = False) -> None:
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
         """These experts, likeliest first, will probably be used by `layer`'s next step.
 
         Those in memory are evicted last, the others are read when no demand waits; nothing that is
-        claimed or hinted makes room for them. Takes the place of the layer's hint before. With
-        `wait` no hint is read before the next `begin`, whose experts are known already but not
-        claimed, has asked for what it needs.
+        claimed or hinted makes room for them. Takes the place of the layer's hint before.
         """
         first = layer * self._experts
         with self._lock:
@@ -144,7 +150,6 @@ class ExpertCache:
             numbers = [n for expert in experts if sizes[n := expert + first]]
             self._residency.guarded[numbers] = True
             self._guarding.add(layer)
-            self._hints_wait = self._hints_wait or wait
             missing = [n for n in numbers if not self._flat[n] and n not in self._loads]
             if missing:
                 self._hints[layer] = missing[::-1]
@@ -283,8 +288,6 @@ class ExpertCache:
         return slot
 
     def _next_prefetch(self) -> Load | None:
-        if self._hints_wait:
-            return None
         for layer in sorted(self._hints, key=lambda layer: (layer - self._layer) % len(self.table)):
             missing = self._hints[layer]
             while missing and (self._flat[missing[-1]] or missing[-1] in self._loads):

@@ -75,7 +75,7 @@ class NativeSequence:
 class Routed:
     """What the router of a MoE layer chose, before its experts are fetched.
 
-    ids and weights [T, K], hidden [T, D]: views that hold until the observer returns.
+    ids and weights [T, K], hidden [T, D]: views that hold until its experts are computed.
     """
 
     layer: int

@@ -18,17 +18,22 @@ from moekit.runtime.predict.prefetch import Prefetcher
 # Seconds that predicting takes a layer, measured on two cores of Zen 4, and how many times that a
 # read must take for reading ahead to gain anything.
 PREDICTION_SECONDS, TIMES = 4e-4, 3
-# Weight of the last layer in the running mean of the time a layer computes.
-NEWEST = 0.05
+# Weights in running means: of the last layer in the time a layer computes, and of the last pass in
+# the time that predicting it took.
+NEWEST, NEWEST_PASS = 0.05, 0.25
 
 
 class Prefetching:
-    """Shows a prefetcher every router's choice and hands its hints to the cache."""
+    """Shows a prefetcher every router's choice and hands its hints to the cache.
+
+    It predicts when the cache has asked for the layer's own experts, while those are read.
+    """
 
     def __init__(self, cache: ExpertCache | DeviceCache, prefetcher: Prefetcher) -> None:
         self.prefetcher = prefetcher
         self._cache = cache
         self._last: tuple[float, float] | None = None
+        self._predicting = 0.0
 
     def seam(self, call: SeamCall) -> None:
         """What happens at the seam of a model in torch."""
@@ -41,18 +46,38 @@ class Prefetching:
 
     def _observe(self, layer: int, ids: ArrayLike, hidden: ArrayLike) -> None:
         self._time_layer(layer)
+        ahead = self.prefetcher
+        if layer == 0:
+            self._begin()
+        reads = ahead.predictor.reads_hidden
+        if ahead.resting and reads:
+            return
+        began = time.perf_counter()
         table = self._cache.table
         # Choices beyond the experts are those that nothing is read for, such as identities.
         chosen = np.asarray(ids)
         chosen = np.where(chosen < table.shape[1], chosen, -1)
-        hints = self.prefetcher.begin(None, table) if layer == 0 else []
-        reads = self.prefetcher.predictor.reads_hidden
-        for hint in (
-            *hints,
-            *self.prefetcher.observe(layer, chosen, hidden if reads else None, table),
-        ):
-            # This layer's own experts are asked for next, and come first.
-            self._cache.hint(hint.layer, hint.ids, wait=True)
+        if ahead.resting:
+            ahead.predictor.observe(layer, chosen)
+            return
+        ahead.settle(layer, chosen, hidden if reads else None, table)
+        self._predicting += time.perf_counter() - began
+        self._cache.then(self._hint)
+
+    def _begin(self) -> None:
+        ahead = self.prefetcher
+        if not ahead.resting:
+            ahead.prediction_seconds += NEWEST_PASS * (self._predicting - ahead.prediction_seconds)
+        self._predicting = 0.0
+        ahead.start_pass(None)
+
+    def _hint(self) -> None:
+        began = time.perf_counter()
+        for hint in self.prefetcher.hints(self._cache.table):
+            self._cache.hint(hint.layer, hint.ids)
+        if not self.prefetcher.missing:
+            # Otherwise it costs nothing: the layer waits for its own experts.
+            self._predicting += time.perf_counter() - began
 
     def _time_layer(self, layer: int) -> None:
         """Keep up the time from layer to layer in which nothing was waited for."""
@@ -81,10 +106,13 @@ class Filling:
         if self._cache.complete:
             self._done()
             return
+        self._cache.then(self._hint_missing)
+
+    def _hint_missing(self) -> None:
         for layer, described in enumerate(self._cache.store.layers):
             missing = np.flatnonzero(self._cache.table[layer, : described.num_experts] == 0)
             if len(missing):
-                self._cache.hint(layer, missing.tolist(), wait=True)
+                self._cache.hint(layer, missing.tolist())
 
 
 def pays(sizes: NDArray[np.int64], bandwidth: float) -> bool:

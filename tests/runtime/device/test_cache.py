@@ -1,6 +1,7 @@
 """DeviceCache: its decisions are the simulator's, and no order of work on a device breaks it."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def test_no_order_of_work_shows_a_wrong_expert(order, seed):
     ids = drawn(25, seed)
     with tiers(store, 14, 24, device) as cache:
         for step, layer in itertools.product(range(len(ids)), range(LAYERS)):
-            cache.hint((layer + 1) % LAYERS, rng.permutation(EXPERTS)[:3].tolist(), wait=True)
+            hinted = rng.permutation(EXPERTS)[:3].tolist()
+            cache.then(partial(cache.hint, (layer + 1) % LAYERS, hinted))
             use(cache, layer, ids[step, layer], seen)
         held = sum(int(cache._residency.sizes[n]) for n in np.flatnonzero(cache._flat))
         assert held == sum(pool.memory.held for pool in cache._residency.pools) <= 14 * PAGE

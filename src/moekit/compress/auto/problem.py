@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,8 @@ PRUNE = ("reap", "man")
 CONDENSE = ("hc-smoe",)
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 WIDTHS = (8.0, 4.0, 3.0, 2.0)
-AVERAGES = (2.5,)
+# Mixes of the two widths beside them.
+AVERAGES = (3.5, 2.5, 2.25)
 RTN, GPTQ, MC = "rtn", "gptq", "mc-moe"
 RESIDENT_BYTES = 2
 
@@ -167,9 +169,9 @@ class CompressionProblem:
     def _request(self, choice: Choice) -> QuantizeRequest:
         common: dict[str, Any] = {"protect": self.protect, "method": GPTQ}
         if choice.name == MC:
-            return QuantizeRequest(
-                codec=self.codec, bits_average=choice.level, allocation="mc-moe", **common
-            )
+            common |= {"bits_average": choice.level, "allocation": "mc-moe"}
+            widths = math.floor(choice.level), math.ceil(choice.level)
+            return QuantizeRequest(codec=self.codec, bits=widths, **common)
         if choice.name == RTN:
             common["method"] = RTN
         return QuantizeRequest(codec=codec_at(choice.level, self.codec), **common)

@@ -51,8 +51,9 @@ class QuantizeRequest:
 
     `codec` is the kind of codec, and the codec itself where `bits_average` is None; else bits are
     allocated by `allocation` over the widths `bits` so that a layer's experts have that many on
-    average. `router_bits` rounds the routers with their choices kept (EAQuant). Experts in
-    `protect` (by decoder layer) keep 16 bits. The rest are options of `rounding.quantizer`.
+    average, some of each of `at_least`. `router_bits` rounds the routers with their choices kept
+    (EAQuant). Experts in `protect` (by decoder layer) keep 16 bits. The rest are options of
+    `rounding.quantizer`.
     """
 
     method: str = RTN
@@ -70,6 +71,11 @@ class QuantizeRequest:
     fallback: str = POOLED
     steps: int = STEPS
     protect: Mapping[int, Collection[int]] = field(default_factory=dict)
+
+    @property
+    def at_least(self) -> tuple[int, ...]:
+        """Widths that at least one expert of a layer gets: those of MC-MoE's programme."""
+        return MC_AT_LEAST if self.bits == MC_BITS else ()
 
     @property
     def rounding(self) -> RoundingOptions:
@@ -124,15 +130,29 @@ class QuantizeRequest:
                 "--bits-avg and --allocate mc-moe go together; for one width for all experts give "
                 "--codec alone."
             )
+        self._check_widths()
         if self.method == RTN and self.solver not in (None, NEAREST):
             raise UserError("--method rtn rounds to nearest; take --method gptq.")
         self.rounding.check()
         for layer in spec.per_layer:
             if self.bits_average is not None:
-                budget_of(self.bits_average, layer.num_experts, self.bits, MC_AT_LEAST)
+                budget_of(self.bits_average, layer.num_experts, self.bits, self.at_least)
             for codec in self._codecs():
                 _check_layout(codec, layer.hidden_size, layer.expert_width, layer.layer_index)
         _check_protected(self.protect, spec)
+
+    def _check_widths(self) -> None:
+        widths = ", ".join(map(str, self.bits))
+        if len(set(self.bits)) != len(self.bits) or len(self.bits) < 2:
+            raise UserError(f"--widths are two or more different ones, not {widths}")
+        if self.bits_average is None:
+            if self.bits != MC_BITS:
+                raise UserError("--widths are those that --bits-avg mixes; give both")
+        elif not min(self.bits) <= self.bits_average <= max(self.bits):
+            raise UserError(
+                f"--bits-avg {self.bits_average:g} is no average of {widths} bits; give other "
+                "--widths, as --widths 3,4"
+            )
 
     def _codecs(self) -> list[CodecChoice]:
         if self.bits_average is None:
@@ -239,8 +259,8 @@ class _Work:
             else self.stats.saliency_sum(position, gate=1)[:experts]
         )
         costs = mc_costs(_shares(counts), _shares(gates), errors)
-        budget = budget_of(request.bits_average, experts, request.bits, MC_AT_LEAST)
-        return list(allocate(costs, request.bits, budget))
+        budget = budget_of(request.bits_average, experts, request.bits, request.at_least)
+        return list(allocate(costs, request.bits, budget, request.at_least))
 
     def scale(
         self, position: int, bits: list[float], values: dict[str, Tensor], fit: dict[str, Tensor]

@@ -11,7 +11,7 @@ import torch
 
 from moekit.compress.calibrate import Calibration, batches_for, open_stats, stats_for
 from moekit.compress.fitted import rewrite_of
-from moekit.compress.quantize.allocation import MC_AT_LEAST, allocate, budget_of
+from moekit.compress.quantize.allocation import MC_BITS, allocate, budget_of
 from moekit.compress.quantize.balance import draw_balanced
 from moekit.compress.quantize.planning import (
     MC_MOE,
@@ -51,14 +51,15 @@ def request_of(
     codec: CodecChoice,
     *,
     bits_average: float | None = None,
+    widths: tuple[int, ...] | None = None,
     allocation: str | None = None,
     router_bits: int | None = None,
     protect: Mapping[int, Collection[int]] | None = None,
 ) -> QuantizeRequest:
     """The request that `method` (NAME or NAME:OPTION=VALUE,...) and the options of the verb make.
 
-    A `bits_average` without an `allocation` is MC-MoE's. Raises `UserError` for an unknown method,
-    an option that it does not have, or a value of another type.
+    A `bits_average` without an `allocation` is MC-MoE's, and its `widths` are unless given. Raises
+    `UserError` for an unknown method, an option that it does not have, or a value of another type.
     """
     name, options = parse_method(method)
     if name not in METHODS:
@@ -75,6 +76,7 @@ def request_of(
         codec,
         bits_average=bits_average,
         allocation=allocation,
+        bits=widths or MC_BITS,
         router_bits=router_bits,
         protect=protect or {},
         **options,
@@ -160,6 +162,7 @@ def forecast_of(request: QuantizeRequest, spec: MoESpec, seed: int = 0) -> Quant
         method="rtn",
         solver=None,
         bits_average=None,
+        bits=MC_BITS,
         allocation="uniform",
         router_bits=None,
     )
@@ -169,11 +172,11 @@ def forecast_of(request: QuantizeRequest, spec: MoESpec, seed: int = 0) -> Quant
     layers = {}
     for layer in spec.per_layer:
         count = layer.num_experts
-        budget = budget_of(request.bits_average, count, request.bits, MC_AT_LEAST)
+        budget = budget_of(request.bits_average, count, request.bits, request.at_least)
         source = generator(seed, "forecast", layer.layer_index)
         # Any costs that fall with the bits spend the budget.
         costs = torch.rand(count, 1, generator=source) / torch.tensor(request.bits)
-        bits = allocate(costs, request.bits, budget)
+        bits = allocate(costs, request.bits, budget, request.at_least)
         layers[layer.layer_index] = {e: Action(bits=b) for e, b in enumerate(bits)}
     plan = replace(made.plan, layers=layers)
     rewrite = rewrite_of(plan, Path())

@@ -82,6 +82,8 @@ class DeviceCache:
         self._guarding: set[int] = set()
         # By layer, what is hinted and is to be copied, likeliest last.
         self._hints: dict[int, list[int]] = {}
+        self._then: Callable[[], object] | None = None
+        self._asking = False
         self._unused: set[int] = set()
         self._copies = Copies(device)
         self._layer = 0
@@ -107,19 +109,31 @@ class DeviceCache:
         if layer in self._guarding:
             self._forget_hint(layer)
         self._copies.settle()
-        return self._claim(layer, held, amounts, "demand")
+        claim = self._claim(layer, held, amounts, "demand")
+        if self._then is not None:
+            action, self._then = self._then, None
+            # Copies for hints come after those of the claim, which `_portions` sees to.
+            self._asking = True
+            try:
+                action()
+            finally:
+                self._asking = False
+        return claim
+
+    def then(self, action: Callable[[], object]) -> None:
+        """Call `action` once within the next `begin`, as for `ExpertCache`."""
+        self._then = action
 
     def scored(self, layer: int, experts: ArrayLike, scores: ArrayLike) -> None:
         """Router scores of the layer that begins next, as for `ExpertCache`."""
         gains = np.asarray(experts, dtype=np.intp), np.asarray(scores, dtype=np.float64)
         self._gains[layer] = gains
 
-    def hint(self, layer: int, experts: Sequence[int], *, wait: bool = False) -> None:
+    def hint(self, layer: int, experts: Sequence[int]) -> None:
         """These experts, likeliest first, will probably be used by `layer`'s next step.
 
         Those on the device are evicted last; those in RAM are copied where nothing that is claimed
-        or hinted must make room; the others are read into RAM. With `wait` no copy is put in line
-        before those of the next `begin`.
+        or hinted must make room; the others are read into RAM.
         """
         if layer in self._guarding:
             self._forget_hint(layer)
@@ -132,7 +146,7 @@ class DeviceCache:
         if absent:
             self.below.hint(layer, absent)
         self._hints[layer] = [e for e in missing if self.below.table[layer, e]][::-1]
-        if not wait:
+        if not self._asking:
             self._copy_hints()
 
     def record(self, layer: int, expert: int) -> Tensor:

@@ -1,12 +1,12 @@
 """From the scores of a predictor to probabilities, learned while it runs.
 
-Shapes: E experts, L layers, B bins.
+Shapes: A layers ahead, E experts, L layers, B bins.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moekit.runtime.predict.predictor import REACH, Scores
 
@@ -19,6 +19,8 @@ WIDTH = 0.5
 MEMORY = 4096.0
 # The first observations of a bin count beside this many at its prior.
 PRIOR = 8.0
+# In the place of a bin where nothing was expected.
+UNKNOWN = -1
 
 
 class Calibration:
@@ -34,21 +36,27 @@ class Calibration:
         self._used = np.full(shape, PRIOR * base)
         self._seen = np.full(shape, PRIOR)
 
-    def probability(self, layer: int, ahead: int, bins: Bins) -> NDArray[np.float64]:
-        """The chance that experts of `layer` with scores in these bins, given `ahead` layers
-        earlier, are used, [E]."""
-        row = ahead - 1, layer
-        return (self._used[row] / self._seen[row])[bins]
+    def probabilities(self, layer: int, aheads: ArrayLike, bins: Bins) -> NDArray[np.float64]:
+        """The chance that experts with scores in these bins [A, E], given after `layer` for the
+        layers `aheads` [A] later, are used."""
+        steps = np.asarray(aheads)
+        where = steps - 1, layer + steps
+        rates = self._used[where] / self._seen[where]
+        return np.take_along_axis(rates, bins, axis=1)
 
-    def learn(self, layer: int, ahead: int, bins: Bins, used: NDArray[np.bool_]) -> None:
-        """The experts of `layer` with scores in these bins [E] turned out as `used` [E] says."""
-        row = ahead - 1, layer
-        self._seen[row] += np.bincount(bins, minlength=BINS)
-        self._used[row] += np.bincount(bins[used], minlength=BINS)
-        full = self._seen[row] > MEMORY
-        if full.any():
-            self._seen[row][full] /= 2
-            self._used[row][full] /= 2
+    def learn(self, layer: int, bins: Bins, used: NDArray[np.bool_]) -> None:
+        """The experts of `layer` with scores in these bins [REACH, E], where not UNKNOWN, turned
+        out as `used` [E] says."""
+        known = bins != UNKNOWN
+        places = bins + BINS * np.arange(REACH)[:, None]
+        for counts, which in ((self._seen, known), (self._used, known & used)):
+            found = np.bincount(places[which], minlength=REACH * BINS)
+            counts[:, layer] += found.reshape(REACH, BINS)
+        seen = self._seen[:, layer]
+        if seen.max() > MEMORY:
+            full = seen > MEMORY
+            self._seen[:, layer][full] /= 2
+            self._used[:, layer][full] /= 2
 
 
 def bins_of(scores: Scores) -> Bins:

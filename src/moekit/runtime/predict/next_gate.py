@@ -56,18 +56,34 @@ class NextGate(Predictor):
         rows = torch.as_tensor(hidden).detach().float().cpu().numpy()
         self._hidden = layer, rows.reshape(-1, rows.shape[-1])
 
-    @torch.no_grad()
     def predict(self, layer: int, ahead: int) -> Scores:
         scores = np.zeros(self.num_experts, dtype=np.float32)
+        if self._hidden is not None and self._hidden[0] == layer:
+            values = self._values(layer, ahead)
+            certain = _certainty(values, self.gates[layer + ahead].top_k)
+            scores[: values.shape[1]] = any_of(certain)
+        return scores
+
+    def predict_all(self, layer: int, aheads: Sequence[int]) -> Scores:
+        gates = [self.gates[layer + ahead] for ahead in aheads]
+        scores = np.zeros((len(aheads), self.num_experts), dtype=np.float32)
         if self._hidden is None or self._hidden[0] != layer:
             return scores
-        hidden, gate = self._hidden[1], self.gates[layer + ahead]
+        values = [self._values(layer, ahead) for ahead in aheads]
+        if len({(gate.top_k, v.shape) for gate, v in zip(gates, values, strict=True)}) > 1:
+            return super().predict_all(layer, aheads)
+        scores[:, : values[0].shape[1]] = any_of(_certainty(np.stack(values), gates[0].top_k))
+        return scores
+
+    @torch.no_grad()
+    def _values(self, layer: int, ahead: int) -> Values:
+        """What the gate `ahead` ranks its experts by [T, E] on the input of `layer`."""
+        assert self._hidden is not None
+        hidden = self._hidden[1]
         norm = self._renorm(layer, layer + ahead)
         if norm is not None:
             hidden = hidden * norm[0] + norm[1]
-        values = gate.values(torch.from_numpy(hidden)).cpu().numpy()
-        scores[: values.shape[1]] = any_of(_certainty(values, gate.top_k))
-        return scores
+        return self.gates[layer + ahead].values(torch.from_numpy(hidden)).cpu().numpy()
 
     def _renorm(self, layer: int, target: int) -> tuple[Values, Values] | None:
         if not self.renorm:
@@ -79,10 +95,10 @@ class NextGate(Predictor):
 
 
 def _certainty(values: Values, top_k: int) -> Values:
-    """Between 0 and 1, [T, E]: how far an expert is above or below the cut."""
-    ordered = np.sort(values, axis=1)
-    if top_k >= values.shape[1]:
+    """Between 0 and 1, as [..., E]: how far an expert is above or below the cut."""
+    if top_k >= values.shape[-1]:
         return np.ones_like(values)
-    cut = (ordered[:, -top_k] + ordered[:, -top_k - 1]) / 2
-    sharpness = SHARPNESS / np.maximum(values.std(axis=1), 1e-6)
-    return 1 / (1 + np.exp((cut[:, None] - values) * sharpness[:, None]))
+    ordered = np.sort(values, axis=-1)
+    cut = (ordered[..., -top_k] + ordered[..., -top_k - 1]) / 2
+    sharpness = SHARPNESS / np.maximum(values.std(axis=-1), 1e-6)
+    return 1 / (1 + np.exp((cut[..., None] - values) * sharpness[..., None]))

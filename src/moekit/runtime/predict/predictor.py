@@ -27,8 +27,8 @@ class Predictor:
     """One way to predict experts; subclasses say how.
 
     In use: `start` for a model, then for every forward pass `begin`, and after every router
-    `observe` and as many `predict` as wanted. One that `learns` predicts after `fit`, or after
-    `restore` of the state of one that was fitted.
+    `observe` and as many `predict` or `predict_all` as wanted. One that `learns` predicts after
+    `fit`, or after `restore` of the state of one that was fitted.
     """
 
     learns = False
@@ -59,6 +59,10 @@ class Predictor:
         """
         raise NotImplementedError
 
+    def predict_all(self, layer: int, aheads: Sequence[int]) -> Scores:
+        """`predict` for each of A `aheads`, [A, E]."""
+        return np.stack([self.predict(layer, ahead) for ahead in aheads])
+
     def fit(self, traces: Sequence[RoutingTrace]) -> None:
         """Learn from traces of the model; where there is nothing to learn, do nothing."""
 
@@ -79,10 +83,11 @@ class Predictor:
 
 
 def any_of(per_token: NDArray) -> Scores:
-    """The chance that at least one of T independent tokens uses an expert, [T, E] to [E]."""
-    if len(per_token) == 1:
-        return per_token[0].astype(np.float32)
-    return (1 - np.prod(1 - per_token, axis=0)).astype(np.float32)
+    """The chance that at least one of T independent tokens uses an expert, [..., T, E] to
+    [..., E]."""
+    if per_token.shape[-2] == 1:
+        return per_token[..., 0, :].astype(np.float32)
+    return (1 - np.prod(1 - per_token, axis=-2)).astype(np.float32)
 
 
 def shape_of(traces: Sequence[RoutingTrace]) -> tuple[int, int, int]:

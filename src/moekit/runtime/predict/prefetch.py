@@ -17,19 +17,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moekit.core.errors import UserError
-from moekit.runtime.predict.calibration import Bins, Calibration, bins_of
-from moekit.runtime.predict.predictor import REACH, Predictor
+from moekit.runtime.predict.calibration import UNKNOWN, Bins, Calibration, bins_of
+from moekit.runtime.predict.predictor import REACH, Predictor, Scores
 
 # Seconds that a wasted read of one second costs even where nobody waits for it: it takes a slot.
 SLOT_PRICE = 0.3
 # The chance from which an expert that is in memory is named too, to be kept there. It is learned
 # from those that were not in memory, which are used less often.
 KEEP = 0.05
-# Passes without anything worth a hint after which only one in so many is predicted: asking a
-# predictor takes time, and what cannot be predicted now may be later.
+# Passes without gain after which only one in so many is predicted: asking a predictor takes time,
+# and what cannot be predicted now may be later.
 PATIENCE = 16
-# Weight of the last layer in the running mean of idle time.
-NEWEST = 0.02
+# Weight of the last layer in the running mean of idle time, and of the last pass in that of gain.
+NEWEST, NEWEST_PASS = 0.02, 0.25
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,22 @@ class PrefetchStats:
 
 @dataclass
 class _Plan:
-    """What is expected of a layer: by layers ahead the scores (their bins) of the experts that
-    were absent, and who those were; and the chance of each expert that is or was hinted."""
+    """What is expected of a layer: by layers ahead, the bins of the scores of the experts that were
+    absent [REACH, E], below 0 for the others; and the chance of each expert that is or was
+    hinted."""
 
-    expected: list[tuple[int, Bins, NDArray[np.bool_]]] = field(default_factory=list)
+    expected: Bins | None = None
     hinted: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Spent:
+    """What the hints after one layer ask for: bytes, and seconds of the disk; and the seconds that
+    they are expected to save."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    gain: float = 0.0
 
 
 class Prefetcher:
@@ -66,10 +77,11 @@ class Prefetcher:
 
     `expert_bytes` [L] is what a read of one expert takes, `bandwidth` bytes a second of the disk,
     `layer_seconds` the time a layer computes, in which the disk would idle (both may be set again
-    while it runs). Reads ahead that turn out wrong stay below `waste_limit` of the bytes needed, in
-    expectation, and what is hinted after one layer below `budget` bytes. What they evict is read
-    again on top of that, so a limit of 0.15 keeps all bytes below 1.3 of those without prefetch.
-    A predictor that knows nothing is asked less often.
+    while it runs). `prediction_seconds` is what predicting costs a pass, 0 until it is set. Reads
+    ahead that turn out wrong stay below `waste_limit` of the bytes needed, in expectation, and what
+    is hinted after one layer below `budget` bytes. What they evict is read again on top of that, so
+    a limit of 0.15 keeps all bytes below 1.3 of those without prefetch.
+    Where predicting does not gain more than it costs, most passes are `resting`.
     """
 
     def __init__(
@@ -99,8 +111,15 @@ class Prefetcher:
         self._late: dict[int, list[int]] = {}
         # Running mean of the part of a layer's time in which it leaves the disk idle.
         self._idle_part = 1.0
-        # Passes so far, and since one brought something.
+        self.prediction_seconds = 0.0
+        self.resting = False
+        # Passes so far, and since predicting gained something.
         self._passes = self._idle = 0
+        # Seconds that the hints of this pass are expected to save, and their running mean.
+        self._gain = self._mean_gain = 0.0
+        # The last layer settled, how many of its experts are missing, and the seconds for which it
+        # leaves the disk idle.
+        self._at, self.missing, self._slack = -1, 0, 0.0
         self.start()
 
     def start(self) -> None:
@@ -111,11 +130,8 @@ class Prefetcher:
     def begin(self, tokens: ArrayLike | None, resident: NDArray) -> list[Hint]:
         """A forward pass over tokens [T] begins; `resident` [L, E] is true (or an address) where
         an expert is in memory."""
-        self._plans = {}
-        self._passes += 1
-        self._idle += 1
-        self.predictor.begin(tokens)
-        return self._hints(-1, self.layer_seconds, resident)
+        self.start_pass(tokens)
+        return self.hints(resident)
 
     def observe(
         self, layer: int, ids: ArrayLike, hidden: ArrayLike | None, resident: NDArray
@@ -124,77 +140,112 @@ class Prefetcher:
 
         Call it before the cache takes up the layer, so that `resident` tells what hints brought.
         """
-        self.predictor.observe(layer, ids, hidden)
-        missing = self._settle(layer, np.asarray(ids), resident[layer] != 0)
-        busy = missing * self._bytes[layer] / self.bandwidth
-        idle = max(0.0, self.layer_seconds - busy)
-        if self.layer_seconds > 0:
-            self._idle_part += NEWEST * (idle / self.layer_seconds - self._idle_part)
-        return self._hints(layer, idle, resident)
+        self.settle(layer, ids, hidden, resident)
+        return self.hints(resident)
 
-    def _settle(self, layer: int, ids: NDArray, resident: NDArray[np.bool_]) -> int:
-        """Compare what was expected of a layer with what it used; return how many are missing."""
+    def start_pass(self, tokens: ArrayLike | None) -> None:
+        """The first half of `begin`: what was expected of the pass before is forgotten."""
+        self._plans = {}
+        if self._passes and not self.resting:
+            self._mean_gain += NEWEST_PASS * (self._gain - self._mean_gain)
+            if self._mean_gain > self.prediction_seconds:
+                self._idle = 0
+        self._gain = 0.0
+        self._passes += 1
+        self._idle += 1
+        self.resting = self._idle > PATIENCE and self._passes % PATIENCE > 0
+        self._at, self._slack = -1, self.layer_seconds
+        self.predictor.begin(tokens)
+
+    def settle(
+        self, layer: int, ids: ArrayLike, hidden: ArrayLike | None, resident: NDArray
+    ) -> None:
+        """The first half of `observe`: compare what was expected of a layer with what it uses."""
+        self.predictor.observe(layer, ids, hidden)
+        here, numbers = resident[layer] != 0, np.asarray(ids)
         plan = self._plans.pop(layer, _Plan())
         used = np.zeros(self._experts, dtype=bool)
-        used[ids[ids >= 0]] = True
-        for ahead, bins, absent in plan.expected:
-            self._calibration.learn(layer, ahead, bins, used[absent])
+        used[numbers[numbers >= 0]] = True
+        if plan.expected is not None:
+            self._calibration.learn(layer, plan.expected, used)
         size = self._bytes[layer]
-        missing = int((used & ~resident).sum())
-        self.stats.demanded += size * missing
+        self.missing = int(np.count_nonzero(used & ~here))
+        self.stats.demanded += size * self.missing
         for expert in (*plan.hinted, *self._late.pop(layer, ())):
-            if resident[expert] and used[expert]:
+            if here[expert] and used[expert]:
                 self.stats.useful += size
-            elif resident[expert]:
+            elif here[expert]:
                 self.stats.wasted += size
-        self._late[layer] = [e for e in plan.hinted if not (resident[e] or used[e])]
-        return missing
+        self._late[layer] = [e for e in plan.hinted if not (here[e] or used[e])]
+        self._at = layer
+        self._slack = max(0.0, self.layer_seconds - self.missing * size / self.bandwidth)
+        if self.layer_seconds > 0:
+            self._idle_part += NEWEST * (self._slack / self.layer_seconds - self._idle_part)
 
-    def _hints(self, layer: int, idle: float, resident: NDArray) -> list[Hint]:
-        """Hints after `layer`, which itself leaves the disk `idle` for seconds."""
-        if self._idle > PATIENCE and self._passes % PATIENCE:
+    def hints(self, resident: NDArray) -> list[Hint]:
+        """The second half of `begin` and of `observe`, for the layers after the last one settled;
+        it may come while that layer's experts are read."""
+        count = min(self.reach, len(self._bytes) - 1 - self._at)
+        if count < 1 or self.resting:
             return []
-        hints, issued, waiting = [], 0, 0.0
-        for ahead in range(1, min(self.reach, len(self._bytes) - 1 - layer) + 1):
-            target = layer + ahead
-            plan = self._plans.setdefault(target, _Plan())
-            absent = resident[target] == 0
-            if not absent.any():
-                continue
-            scores = self.predictor.predict(layer, ahead)
-            bins = bins_of(scores)
-            plan.expected.append((ahead, bins[absent], absent))
-            chance = self._calibration.probability(target, ahead, bins)
-            size = self._bytes[target]
-            seconds = size / self.bandwidth
-            chosen = np.flatnonzero(~absent & (chance >= KEEP)).tolist()
-            for expert in np.lexsort((-scores, -chance)):
-                p = float(chance[expert])
-                # The layers between want the disk too, as often as layers did of late.
-                slack = idle + (ahead - 1) * self._idle_part * self.layer_seconds - waiting
-                full = self.budget is not None and issued + size > self.budget
-                if full or not self._pays(p, seconds, slack):
-                    break
-                if not absent[expert]:
-                    continue
-                open_before = plan.hinted.get(int(expert))
-                if open_before is None and not self._affords((1 - p) * size):
-                    break
-                plan.hinted[int(expert)] = p
-                chosen.append(int(expert))
-                issued += size
-                waiting += seconds
-            hints.append(Hint(target, chosen))
-            # Experts in memory are worth naming where some are more likely than any other.
-            if issued or np.max(chance[~absent], initial=0.0) > 2 * self._top_k / self._experts:
-                self._idle = 0
-        return hints
+        next_ones = resident[self._at + 1 : self._at + 1 + count] == 0
+        # A layer of which everything is in memory needs no prediction.
+        aheads = (np.flatnonzero(next_ones.any(axis=1)) + 1).tolist()
+        if not aheads:
+            return []
+        absent = next_ones[[ahead - 1 for ahead in aheads]]
+        scores = self.predictor.predict_all(self._at, aheads)
+        bins = bins_of(scores)
+        chances = self._calibration.probabilities(self._at, aheads, bins)
+        expected = np.where(absent, bins, UNKNOWN)
+        kept = np.where(absent, 0.0, chances)
+        found: list[Hint] = []
+        spent = _Spent()
+        for row, ahead in enumerate(aheads):
+            plan = self._plans.setdefault(self._at + ahead, _Plan())
+            if plan.expected is None:
+                plan.expected = np.full((REACH, self._experts), UNKNOWN)
+            plan.expected[ahead - 1] = expected[row]
+            chosen = np.flatnonzero(kept[row] >= KEEP).tolist()
+            read = self._worth_reading(ahead, plan, scores[row], chances[row], absent[row], spent)
+            found.append(Hint(self._at + ahead, [*chosen, *read]))
+        self._gain += spent.gain
+        return found
 
-    @staticmethod
-    def _pays(p: float, seconds: float, slack: float) -> bool:
-        """Whether reading for `seconds`, with `slack` until the layer begins, saves time."""
-        saved = min(max(slack, 0.0), seconds)
-        return p * saved > (1 - p) * (seconds - saved + SLOT_PRICE * seconds)
+    def _worth_reading(
+        self,
+        ahead: int,
+        plan: _Plan,
+        scores: Scores,
+        chances: NDArray[np.float64],
+        absent: NDArray[np.bool_],
+        spent: _Spent,
+    ) -> list[int]:
+        """The absent experts of the layer `ahead` that are to be read now, likeliest first; what
+        they take is added to `spent`."""
+        size = self._bytes[self._at + ahead]
+        seconds = size / self.bandwidth
+        # The layers between want the disk too, as often as layers did of late.
+        until = self._slack + (ahead - 1) * self._idle_part * self.layer_seconds
+        best = float(np.where(absent, chances, 0.0).max())
+        if _gain(best, seconds, until - spent.seconds) <= 0:
+            return []
+        chosen: list[int] = []
+        candidates = np.flatnonzero(absent)
+        for expert in candidates[np.lexsort((-scores[absent], -chances[absent]))].tolist():
+            p = float(chances[expert])
+            full = self.budget is not None and spent.nbytes + size > self.budget
+            gain = _gain(p, seconds, until - spent.seconds)
+            if full or gain <= 0:
+                break
+            if expert not in plan.hinted and not self._affords((1 - p) * size):
+                break
+            plan.hinted[expert] = p
+            chosen.append(expert)
+            spent.nbytes += size
+            spent.seconds += seconds
+            spent.gain += gain
+        return chosen
 
     def _affords(self, expected_waste: float) -> bool:
         pending = sum(
@@ -204,3 +255,10 @@ class Prefetcher:
         )
         needed = self.stats.demanded + self.stats.useful
         return self.stats.wasted + pending + expected_waste <= self.waste_limit * needed
+
+
+def _gain(p: float, seconds: float, slack: float) -> float:
+    """The seconds that reading for `seconds` what is used with chance `p` saves, the layer being
+    `slack` away; below 0 where it may be expected to cost more."""
+    saved = min(max(slack, 0.0), seconds)
+    return p * saved - (1 - p) * (seconds - saved + SLOT_PRICE * seconds)
