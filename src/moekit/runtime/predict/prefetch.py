@@ -65,7 +65,7 @@ class _Plan:
 @dataclass
 class _Spent:
     """What the hints after one layer ask for: bytes, and seconds of the disk; and the seconds that
-    they are expected to save."""
+    those of them that are new are expected to save."""
 
     nbytes: int = 0
     seconds: float = 0.0
@@ -80,8 +80,8 @@ class Prefetcher:
     while it runs). `prediction_seconds` is what predicting costs a pass, 0 until it is set. Reads
     ahead that turn out wrong stay below `waste_limit` of the bytes needed, in expectation, and what
     is hinted after one layer below `budget` bytes. What they evict is read again on top of that, so
-    a limit of 0.15 keeps all bytes below 1.3 of those without prefetch.
-    Where predicting does not gain more than it costs, most passes are `resting`.
+    a limit of 0.15 keeps all bytes below 1.3 of those without prefetch. Where predicting does not
+    gain more than it costs, most passes are `resting`.
     """
 
     def __init__(
@@ -238,13 +238,14 @@ class Prefetcher:
             gain = _gain(p, seconds, until - spent.seconds)
             if full or gain <= 0:
                 break
-            if expert not in plan.hinted and not self._affords((1 - p) * size):
-                break
+            if expert not in plan.hinted:
+                if not self._affords((1 - p) * size):
+                    break
+                spent.gain += gain
             plan.hinted[expert] = p
             chosen.append(expert)
             spent.nbytes += size
             spent.seconds += seconds
-            spent.gain += gain
         return chosen
 
     def _affords(self, expected_waste: float) -> bool:
