@@ -144,6 +144,11 @@ def test_refusals(engine, prompts, options, words):
         engine.stream(prompts[0], **options)  # before the first token is asked for
 
 
+def test_one_sequence_is_a_list_of_one(engine):
+    with pytest.raises(UserError, match="one list of token ids a sequence"):
+        engine.generate(PROMPTS[0])
+
+
 def test_encoder_decoder_is_refused(tmp_path):
     from tests.families.tiny import build_tiny
 

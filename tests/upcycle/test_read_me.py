@@ -6,8 +6,12 @@ import torch
 
 from moekit.core.cache_score import CacheScore
 from moekit.core.errors import UserError
+from moekit.core.pack import pack
 from moekit.core.replay import replay
 from moekit.core.view import MoEView
+from moekit.runtime.open import open_engine
+from moekit.runtime.predict.gates import gates_of
+from moekit.runtime.predict.next_gate import NextGate
 from moekit.upcycle.read_me import distillation_loss, slices_of, teacher_of
 from moekit.upcycle.run import Request, upcycle
 from tests.upcycle.dense_models import logits, read, tokens
@@ -69,6 +73,38 @@ def test_a_route_does_not_depend_on_later_tokens(family_of_models, tmp_path):
     model, ids = read(tmp_path / "cut"), tokens()
     whole, part = route_of(model, ids), route_of(model, ids[:, :5])
     torch.testing.assert_close(whole[:, :5], part, rtol=1e-5, atol=1e-5)
+
+
+def test_what_later_layers_need_is_known_after_the_first(family_of_models, tmp_path):
+    read_me(tmp_path / "cut", family_of_models)
+    model, ids = read(tmp_path / "cut"), tokens()
+    view = MoEView(model)
+    chosen = route_of(model, ids).flatten(0, -2).argmax(-1, keepdim=True).numpy()
+    assert 0 < np.count_nonzero(chosen) < chosen.size
+    predictor = NextGate(gates_of(view))
+    predictor.start(2, 2, 1)
+    predictor.begin()
+    for row in range(len(chosen)):
+        # One token a pass, as in decoding: the route of that pass is what counts.
+        model.part.route.logits = route_of(model, ids).flatten(0, -2)[row : row + 1]
+        predictor.observe(0, chosen[row : row + 1], torch.randn(1, 32))
+        (scores,) = predictor.predict_all(0, [1])
+        assert scores.argmax() == chosen[row, 0]
+        assert scores.max() > 0.9 > 0.1 > scores.min()
+
+
+def test_it_runs_from_disk_with_its_routes_known(family_of_models, tmp_path):
+    read_me(tmp_path / "cut", family_of_models)
+    pack(tmp_path / "cut", tmp_path / "packed", codec="bf16")
+    prompt, made = tokens()[:1], []
+    for options in ({}, {"expert_cache": 3 * 4096, "predictor": "next-gate"}):
+        with open_engine(tmp_path / "packed", max_context=64, streams=1, **options) as engine:
+            made.append(engine.generate(prompt, max_new_tokens=8).tolist())
+            stats = engine.cache.stats if engine.cache else None
+    assert made[0] == made[1]
+    # Three of four experts fit.
+    assert stats is not None
+    assert stats.misses + stats.prefetch_hits >= 2
 
 
 def test_every_layer_has_the_same_expert(family_of_models, tmp_path):

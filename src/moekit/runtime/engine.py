@@ -322,6 +322,8 @@ def _prompts(
     input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
 ) -> list[list[int]]:
     if not isinstance(input_ids, Tensor):
+        if any(isinstance(prompt, int) for prompt in input_ids):
+            raise UserError("input_ids are one list of token ids a sequence: [[1, 2, 3]]")
         return [list(prompt) for prompt in input_ids]
     if input_ids.ndim != 2:
         raise UserError(f"input_ids has shape {list(input_ids.shape)}; it must be [B, T]")

@@ -80,13 +80,19 @@ def plain_gate(
 def gates_of(view: MoEView) -> list[Gate]:
     """The gates of a model's MoE layers, each a plain product where the family's rule is no more.
 
+    A router that was asked before the first layer (Read-ME's pre-gating) has `routed_ahead`, which
+    returns its values [T, E] of the pass that is running: then a prediction is exact.
+
     Raises UserError for a router that needs more than its input, such as token ids.
     """
     modules = dict(view.model.named_modules())
-    return [_gate(layer, _norm_before(layer, modules)) for layer in view]
+    return [_gate(layer, modules) for layer in view]
 
 
-def _gate(layer: MoELayer, norm: tuple[Tensor, Tensor] | None) -> Gate:
+def _gate(layer: MoELayer, modules: dict[str, nn.Module]) -> Gate:
+    ahead = getattr(layer.router, "routed_ahead", None)
+    if ahead is not None:
+        return Gate(lambda _: ahead(), layer.top_k)
     if layer.router_weight is None:
         raise UserError(f"{layer.name} has no router whose choice could be predicted by it")
     weight = layer.router_weight.detach()
@@ -94,7 +100,7 @@ def _gate(layer: MoELayer, norm: tuple[Tensor, Tensor] | None) -> Gate:
     probe = torch.randn(PROBES, layer.router_width, generator=generator).to(weight.device)
     routing = layer.route(probe.to(weight.dtype))
     expected = routing.ids.sort(-1).values
-    gain, offset = norm if norm is not None else (None, None)
+    gain, offset = _norm_before(layer, modules) or (None, None)
     for correction in (None, layer.correction_bias):
         plain = plain_gate(
             weight[: layer.num_experts],

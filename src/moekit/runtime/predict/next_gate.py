@@ -23,14 +23,15 @@ SHARPNESS = 4.0
     "predictor",
     "next-gate",
     title="The next layers' own routers on this layer's input",
-    paper="Fate 2502.12224; HybriMoE 2504.05897",
+    paper="Fate 2502.12224; HybriMoE 2504.05897; Read-ME 2410.19123",
     needs=("weights",),
     lossless=True,
     limits="Nothing is predicted for the first MoE layer. Not for routers that need token ids.",
     options={"renorm": "put the later layer's norm in the place of this layer's, where known"},
 )
 class NextGate(Predictor):
-    """Exact where the layers between add nothing to the residual stream.
+    """Exact where the layers between add nothing to the residual stream, and for a model whose
+    routes are decided before its first layer (Read-ME, 2410.19123).
 
     `gates` are those of the layers in order; see `gates.gates_of`.
     """

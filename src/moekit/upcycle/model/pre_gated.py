@@ -141,9 +141,13 @@ class PreGate(nn.Module):
         super().__init__()
         self._route, self.num_experts = route, num_experts
 
+    def routed_ahead(self) -> Tensor:
+        """The logits [T, E] of the pass that is running, as `predict.gates` asks for them."""
+        assert self._route.logits is not None
+        return self._route.logits
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._route.logits
-        assert logits is not None
+        logits = self.routed_ahead()
         ids = logits.argmax(-1, keepdim=True)
         return logits, torch.ones_like(ids, dtype=hidden_states.dtype), ids
 
