@@ -25,6 +25,10 @@ SLOT_PRICE = 0.3
 # The chance from which an expert that is in memory is named too, to be kept there. It is learned
 # from those that were not in memory, which are used less often.
 KEEP = 0.05
+# The share of the time of reading that naming them saves, in virtual time on babel.
+KEEPING_SAVES = 0.02
+# The share of a pass's time below which what is saved counts as nothing.
+LEAST_GAIN = 0.01
 # Passes without gain after which only one in so many is predicted: asking a predictor takes time,
 # and what cannot be predicted now may be later.
 PATIENCE = 16
@@ -115,8 +119,10 @@ class Prefetcher:
         self.resting = False
         # Passes so far, and since predicting gained something.
         self._passes = self._idle = 0
-        # Seconds that the hints of this pass are expected to save, and their running mean.
-        self._gain = self._mean_gain = 0.0
+        # Seconds that the hints of this pass are expected to save, and their running mean; seconds
+        # of reading on demand, and whether experts in memory were worth naming.
+        self._gain = self._mean_gain = self._reading = 0.0
+        self._kept = False
         # The last layer settled, how many of its experts are missing, and the seconds for which it
         # leaves the disk idle.
         self._at, self.missing, self._slack = -1, 0, 0.0
@@ -147,10 +153,13 @@ class Prefetcher:
         """The first half of `begin`: what was expected of the pass before is forgotten."""
         self._plans = {}
         if self._passes and not self.resting:
-            self._mean_gain += NEWEST_PASS * (self._gain - self._mean_gain)
-            if self._mean_gain > self.prediction_seconds:
+            gain = self._gain + (KEEPING_SAVES * self._reading if self._kept else 0.0)
+            self._mean_gain += NEWEST_PASS * (gain - self._mean_gain)
+            seconds = len(self._bytes) * self.layer_seconds + self._reading
+            if self._mean_gain > max(self.prediction_seconds, LEAST_GAIN * seconds):
                 self._idle = 0
-        self._gain = 0.0
+        self._gain = self._reading = 0.0
+        self._kept = False
         self._passes += 1
         self._idle += 1
         self.resting = self._idle > PATIENCE and self._passes % PATIENCE > 0
@@ -178,7 +187,9 @@ class Prefetcher:
                 self.stats.wasted += size
         self._late[layer] = [e for e in plan.hinted if not (here[e] or used[e])]
         self._at = layer
-        self._slack = max(0.0, self.layer_seconds - self.missing * size / self.bandwidth)
+        reading = self.missing * size / self.bandwidth
+        self._reading += reading
+        self._slack = max(0.0, self.layer_seconds - reading)
         if self.layer_seconds > 0:
             self._idle_part += NEWEST * (self._slack / self.layer_seconds - self._idle_part)
 
@@ -199,6 +210,8 @@ class Prefetcher:
         chances = self._calibration.probabilities(self._at, aheads, bins)
         expected = np.where(absent, bins, UNKNOWN)
         kept = np.where(absent, 0.0, chances)
+        # Worth it where some are more likely than any other.
+        self._kept = self._kept or bool(kept.max() > 2 * self._top_k / self._experts)
         found: list[Hint] = []
         spent = _Spent()
         for row, ahead in enumerate(aheads):
