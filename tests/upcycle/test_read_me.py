@@ -100,11 +100,10 @@ def test_it_runs_from_disk_with_its_routes_known(family_of_models, tmp_path):
     for options in ({}, {"expert_cache": 3 * 4096, "predictor": "next-gate"}):
         with open_engine(tmp_path / "packed", max_context=64, streams=1, **options) as engine:
             made.append(engine.generate(prompt, max_new_tokens=8).tolist())
-            stats = engine.cache.stats if engine.cache else None
+            whole = engine.cache.complete
     assert made[0] == made[1]
     # Three of four experts fit.
-    assert stats is not None
-    assert stats.misses + stats.prefetch_hits >= 2
+    assert not whole
 
 
 def test_every_layer_has_the_same_expert(family_of_models, tmp_path):

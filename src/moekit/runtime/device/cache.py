@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from moekit.core.cache_score import CacheScore, policy
+from moekit.core.cache_score import CacheScore
 from moekit.core.errors import UserError
 from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
@@ -26,7 +26,7 @@ from moekit.runtime.device.arena import Arenas
 from moekit.runtime.device.claim import DeviceClaim, Portion
 from moekit.runtime.device.copies import Copies
 from moekit.runtime.device.device import Device
-from moekit.runtime.expert_cache import ExpertCache
+from moekit.runtime.expert_cache import ExpertCache, online_policy
 from moekit.runtime.readers import Purpose
 from moekit.runtime.residency import Residency, record_sizes
 from moekit.runtime.schedule.split import ExpertLoad, Split
@@ -70,7 +70,7 @@ class DeviceCache:
         self.store, self.scheduler = below.store, scheduler
         self.stats = DeviceStats()
         sizes = record_sizes(self.store)
-        self.score = policy if isinstance(policy, CacheScore) else _named(policy)
+        self.score = policy if isinstance(policy, CacheScore) else online_policy(policy)
         self.memory = device.memory(nbytes)
         self._residency = Residency(
             sizes, nbytes, self.score, per_layer=per_layer, new_slots=Arenas(self.memory)
@@ -401,10 +401,3 @@ class DeviceCache:
             preload_bytes=read.total_bytes,
             peak_bytes=read.peak_bytes,
         )
-
-
-def _named(name: str) -> CacheScore:
-    score = policy(name)
-    if score.future != "none":
-        raise UserError(f"policy {name} knows the future: it is for simulation only")
-    return score

@@ -58,22 +58,18 @@ class NextGate(Predictor):
         self._hidden = layer, rows.reshape(-1, rows.shape[-1])
 
     def predict(self, layer: int, ahead: int) -> Scores:
-        scores = np.zeros(self.num_experts, dtype=np.float32)
-        if self._hidden is not None and self._hidden[0] == layer:
-            values = self._values(layer, ahead)
-            certain = _certainty(values, self.gates[layer + ahead].top_k)
-            scores[: values.shape[1]] = any_of(certain)
-        return scores
+        return self.predict_all(layer, [ahead])[0]
 
     def predict_all(self, layer: int, aheads: Sequence[int]) -> Scores:
-        gates = [self.gates[layer + ahead] for ahead in aheads]
         scores = np.zeros((len(aheads), self.num_experts), dtype=np.float32)
         if self._hidden is None or self._hidden[0] != layer:
             return scores
+        top_ks = {self.gates[layer + ahead].top_k for ahead in aheads}
         values = [self._values(layer, ahead) for ahead in aheads]
-        if len({(gate.top_k, v.shape) for gate, v in zip(gates, values, strict=True)}) > 1:
+        if len(top_ks) > 1 or len({v.shape for v in values}) > 1:
+            # Layers that differ are asked one by one.
             return super().predict_all(layer, aheads)
-        scores[:, : values[0].shape[1]] = any_of(_certainty(np.stack(values), gates[0].top_k))
+        scores[:, : values[0].shape[1]] = any_of(_certainty(np.stack(values), top_ks.pop()))
         return scores
 
     @torch.no_grad()
