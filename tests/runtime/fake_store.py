@@ -73,4 +73,4 @@ def settle(cache, hints=True):
     """Wait until no read is in flight, and no hint is left to read."""
     with cache._lock:
         while cache._loads or (hints and cache._hints):
-            assert cache._arrived.wait(30)
+            cache._readers.wait()

@@ -11,6 +11,7 @@ import pytest
 
 from moekit.core.pack import pack
 from moekit.core.packed import PAGE
+from moekit.runtime import native_readers
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.store import ExpertStore, StoreError
 from tests.core.test_pack import saved, wide
@@ -254,7 +255,23 @@ def packed(tmp_path_factory):
     return root / "packed"
 
 
-def test_records_of_a_store(packed):
+@pytest.fixture(params=["native", "threads"])
+def readers(request, monkeypatch):
+    """By whom records are read: native threads, or others where there are no kernels."""
+    if request.param == "threads":
+        monkeypatch.setattr(native_readers, "library", lambda: None)
+    elif native_readers.library() is None:
+        pytest.skip("there are no kernels")
+    return request.param
+
+
+def same(store, record, layer, expert):
+    """Whether a record is what the store fetches."""
+    pieces = store.fetch(record.clone(), layer, expert)
+    return b"".join(p.numpy().tobytes() for p in pieces) == record.numpy().tobytes()
+
+
+def test_records_of_a_store(packed, readers):
     with ExpertStore.open(packed) as store:
         size = store.nbytes(0, 0)
         with ExpertCache(store, 3 * size) as cache:
@@ -263,14 +280,113 @@ def test_records_of_a_store(packed):
                     list(claim.arrivals())
                     record = cache.record(1, expert)
                     assert record.data_ptr() == cache.table[1, expert]
-                    pieces = store.fetch(record.clone(), 1, expert)
-                    assert sum(len(piece) for piece in pieces) == len(record) == size
-                    assert b"".join(p.numpy().tobytes() for p in pieces) == (
-                        record.numpy().tobytes()
-                    )
+                    assert len(record) == size
+                    assert same(store, record, 1, expert)
+            stats = store.stats
+            before = stats.experts, stats.reads, stats.bytes
+            with cache.begin(0, [3, 4]) as claim:
+                list(claim.arrivals())
+            assert (stats.experts, stats.reads, stats.bytes) == (
+                before[0] + 2,
+                before[1] + 2,
+                before[2] + 2 * size,
+            )
 
 
-def test_a_file_that_is_cut_while_it_is_read(packed, tmp_path):
+def test_more_records_than_room(packed, readers):
+    with ExpertStore.open(packed) as store, ExpertCache(store, 3 * store.nbytes(0, 0)) as cache:
+        for layer in (0, 1, 0):
+            seen = []
+            with cache.begin(layer, range(8)) as claim:
+                for portion in portions(claim):
+                    assert all(same(store, cache.record(layer, e), layer, e) for e in portion)
+                    seen += portion
+                    claim.done(portion)
+            assert sorted(seen) == list(range(8))
+        assert cache.stats.hits + cache.stats.misses == 24
+        assert not cache._pins.any()
+
+
+def test_hints_of_a_store(packed, readers):
+    """Read ahead, one after the other, found in time or not."""
+    rng = random.Random(0)
+    with ExpertStore.open(packed) as store, ExpertCache(store, 9 * store.nbytes(0, 0)) as cache:
+        serve_store(cache, 0, [0, 1])
+        cache.hint(1, [3, 5, 6])
+        settle(cache)
+        assert cache.stats.prefetch_reads == 3
+        assert sorted(serve_store(cache, 1, [5, 3, 7])) == [3, 5]
+        assert cache.stats.prefetch_hits == 2
+        for step in range(300):
+            layer = step % 2
+            cache.hint(1 - layer, rng.sample(range(8), rng.randrange(4)))
+            serve_store(cache, layer, rng.sample(range(8), 2))
+        settle(cache, hints=False)
+        stats = cache.stats
+        assert stats.hits + stats.misses == 605
+        assert stats.prefetch_hits > 0
+        assert stats.peak_bytes <= cache.nbytes
+
+
+def serve_store(cache, layer, experts):
+    with cache.begin(layer, experts) as claim:
+        for portion in (claim.ready, *claim.arrivals()):
+            assert all(same(cache.store, cache.record(layer, e), layer, e) for e in portion)
+        return claim.ready
+
+
+def test_a_byte_that_is_wrong(packed, tmp_path, readers):
+    """The record it is in is refused every time, and no other."""
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with ExpertStore.open(tmp_path) as store:
+        record = store._planes(1, 2, None)[1]
+        with (tmp_path / record.file).open("r+b") as file:
+            file.seek(record.offset + record.size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 4]))
+        with ExpertCache(store, 4 * store.nbytes(0, 0)) as cache:
+            for _ in range(2):
+                with pytest.raises(StoreError, match=r"expert 2 of layer 1 \(plane 1"):
+                    serve_store(cache, 1, [1, 2])
+                assert not cache.table[1, 2]
+                serve_store(cache, 1, [1, 3])
+            # Nobody asked for it yet.
+            cache.hint(1, [2])
+            settle(cache)
+            assert not cache.table[1, 2]
+
+
+def test_a_file_that_is_gone_before_its_first_read(packed, tmp_path, readers):
+    for file in packed.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with ExpertStore.open(tmp_path) as store, ExpertCache(store, store.expert_bytes) as cache:
+        (tmp_path / "experts.safetensors").unlink()
+        with cache.begin(0, [0, 1]) as claim, pytest.raises(StoreError, match="No such file"):
+            list(claim.arrivals())
+        cache.hint(1, [2])
+        settle(cache)
+        assert not cache._pins.any()
+        with pytest.raises(StoreError, match="No such file"):
+            cache.load_all()
+
+
+def test_closing_while_a_store_is_read(packed, readers):
+    for _ in range(20):
+        with ExpertStore.open(packed) as store:
+            cache = ExpertCache(store, store.expert_bytes)
+            claim = cache.begin(0, range(8))
+            cache.hint(1, range(8))
+            closing = threading.Thread(target=cache.close)
+            closing.start()
+            with suppress(ValueError):  # closed, unless all had come before
+                list(claim.arrivals())
+            closing.join(30)
+            assert not closing.is_alive()
+
+
+def test_a_file_that_is_cut_while_it_is_read(packed, tmp_path, readers):
     """The expert that is gone raises; those before it still come."""
     for file in packed.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

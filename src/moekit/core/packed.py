@@ -197,8 +197,19 @@ def seal_record(
 
 
 def checksum(record: memoryview, crc32: Crc32 = zlib.crc32) -> int:
-    """CRC-32 of a record without the field that holds it."""
-    return crc32(record[_CRC_AT.stop :], crc32(record[: _CRC_AT.start], 0))
+    """CRC-32 of a record without the field that holds it.
+
+    `crc32` computes what zlib's function of that name does.
+    """
+    crc = 0
+    for start, stop in checked_bytes(len(record)):
+        crc = crc32(record[start:stop], crc)
+    return crc
+
+
+def checked_bytes(size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Which bytes of a record of `size` bytes its checksum is of, in this order."""
+    return (0, _CRC_AT.start), (_CRC_AT.stop, size)
 
 
 def check_record(
@@ -207,17 +218,14 @@ def check_record(
     expert: int,
     plane: int,
     record: memoryview,
-    crc32: Crc32 = zlib.crc32,
+    found: int,
 ) -> str | None:
-    """What is wrong with a record that was read, or None.
-
-    `crc32` computes what zlib's function of that name does.
-    """
+    """What is wrong with a record that was read, and whose `checksum` was `found`, or None."""
     layout = header.layers[position].record(expert, plane)
     magic, at, e, p, crc, used, pack_id = _FIELDS.unpack(record[: _FIELDS.size])
     if magic != MAGIC:
         return "it does not begin as a record does"
-    if (found := checksum(record, crc32)) != crc:
+    if found != crc:
         return f"its checksum is {found:08x} instead of {crc:08x}"
     stored = header.layers[position].record_of[expert]
     if (at, e, p, used) != (position, stored, plane, layout.used):

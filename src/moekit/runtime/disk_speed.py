@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from moekit.runtime.expert_cache import READERS
+from moekit.runtime.native_readers import open_readers
+from moekit.runtime.readers import Load
+from moekit.runtime.residency import record_sizes
 from moekit.runtime.slots import SlotMemory
 from moekit.runtime.store import ExpertStore
 
@@ -29,41 +36,73 @@ class DiskSpeed:
 
 
 def disk_speed(store: ExpertStore, seconds: float = SECONDS, *, nbytes: int = BYTES) -> DiskSpeed:
-    """Read experts of `store` in random order as an expert cache does, for about `seconds`: into
-    slots, whose large pages make a read up to twice as fast, by as many threads, checksums
-    verified, one expert and several in turn. Holds `nbytes` bytes meanwhile, or one expert.
+    """Read experts of `store` in random order as an expert cache does, for about `seconds`: by the
+    same readers, checksums verified, into slots, whose large pages make a read up to twice as fast,
+    one expert and several in turn. Holds `nbytes` bytes meanwhile, or one expert.
 
     Raises StoreError where one cannot be read.
     """
-    order = [
-        (layer, expert)
-        for layer, described in enumerate(store.layers)
-        for expert in range(described.num_experts)
-    ]
+    sizes = record_sizes(store)
+    order = np.flatnonzero(sizes).tolist()
     random.Random(0).shuffle(order)
-    size = max(store.nbytes(layer, expert) for layer, expert in order)
+    size = int(sizes.max())
     count = max(1, min(TOGETHER, len(order), nbytes // size))
     memory = SlotMemory(count * size, {size: count})
     taken = [memory.take(size) for _ in range(count)]
-    # The first write to a page takes longer.
-    slots = [slot.view().zero_() for slot in taken if slot is not None]
-    mean = statistics.mean(store.nbytes(layer, expert) for layer, expert in order)
+    slots = [slot for slot in taken if slot is not None]
+    for slot in slots:
+        # The first write to a page takes longer.
+        slot.view().zero_()
     one: list[float] = []
     several: list[float] = []
     start, done = time.perf_counter(), 0
-    with ThreadPoolExecutor(READERS) as readers:
+    with closing(_Reading(store, sizes.shape[1])) as reading:
         while len(several) < 2 or time.perf_counter() - start < seconds:
             for number, times in ((1, one), (count, several)):
-                part = [order[(done + i) % len(order)] for i in range(number)]
+                loads = []
+                for place, slot in enumerate(slots[:number]):
+                    which = order[(done + place) % len(order)]
+                    part = replace(slot, size=int(sizes.flat[which]))
+                    loads.append(Load(which, part, "demand"))
                 done += number
                 began = time.perf_counter()
-                list(readers.map(lambda slot, which: store.fetch(slot, *which), slots, part))
+                reading.all(loads)
                 times.append(time.perf_counter() - began)
+    mean = float(sizes[sizes > 0].mean())
     together, alone = statistics.median(several), statistics.median(one)
     if count == 1:
         return DiskSpeed(mean / alone)
     each = max(together - alone, together / count / 2) / (count - 1)
     return DiskSpeed(mean / each, max(0.0, alone - each))
+
+
+class _Reading:
+    """The readers of a store without a cache."""
+
+    def __init__(self, store: ExpertStore, experts: int) -> None:
+        self._lock, self._left = threading.Lock(), 0
+        self._error: BaseException | None = None
+        self._readers = open_readers(
+            store, experts, READERS, self._lock, finished=self._finished, spare=lambda: None
+        )
+
+    def all(self, loads: Sequence[Load]) -> None:
+        """Return when all are read; raises the error of one that could not be."""
+        with self._lock:
+            self._left = len(loads)
+            for load in loads:
+                self._readers.demand(load)
+            while self._left:
+                self._readers.wait()
+            if self._error is not None:
+                raise self._error
+
+    def close(self) -> None:
+        self._readers.close()
+
+    def _finished(self, load: Load, error: BaseException | None) -> None:
+        self._left -= 1
+        self._error = self._error or error
 
 
 def file_speed(path: Path, seconds: float = SECONDS) -> DiskSpeed:

@@ -18,13 +18,14 @@ from moekit.core.cache_score import CacheScore, policy
 from moekit.core.errors import UserError
 from moekit.runtime.cache_stats import CacheStats
 from moekit.runtime.claim import Claim
-from moekit.runtime.readers import Load, Purpose, Readers
+from moekit.runtime.native_readers import open_readers
+from moekit.runtime.readers import Load, Purpose
 from moekit.runtime.residency import NewSlots, Residency, record_sizes
 from moekit.runtime.schedule.read_order import hottest_first
 from moekit.runtime.slots import Slot, SlotMemory
 from moekit.runtime.store import ExpertStore
 
-# Reads in flight: two keep a disk busy while one of them is being checked.
+# Threads that read where there are no kernels: two keep a disk busy while one of them checks.
 READERS = 2
 
 
@@ -34,7 +35,8 @@ class ExpertCache:
     `policy` decides who stays, by name or as a score; one that ranks by profile needs `profile`
     [L, E]. Slots are shared by all layers unless `per_layer`. `table` [L, E] holds the address of
     the record of each expert (all its planes, one after the other) or 0; an address is good while a
-    claim holds the expert. `readers` threads read in the background, into what `new_slots` makes.
+    claim holds the expert. Native threads read in the background, or `readers` others where there
+    are no kernels, into what `new_slots` makes.
 
     One thread computes: `begin`, `scored`, `then`, `hint` and claims are for it alone. Raises
     UserError where the memory holds no expert.
@@ -73,10 +75,14 @@ class ExpertCache:
         self._unused: set[int] = set()
         self._layer = 0
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
         self._closed = False
-        self._readers = Readers(
-            readers, self._lock, read=self._read, finished=self._finished, spare=self._next_prefetch
+        self._readers = open_readers(
+            store,
+            self._experts,
+            readers,
+            self._lock,
+            finished=self._finished,
+            spare=self._next_prefetch,
         )
 
     def begin(
@@ -99,6 +105,7 @@ class ExpertCache:
         amounts = None if counts is None else np.asarray(counts, dtype=np.float64)
         with self._lock:
             self._check_open()
+            self._readers.poll()
             gains = self._gains.pop(layer, None)
             self._residency.use(layer, numbers, tokens, amounts, gains)
             if amounts is not None:
@@ -131,6 +138,7 @@ class ExpertCache:
         """Claim those of the experts that are in memory, `ready`, without counting it as a use."""
         with self._lock:
             self._check_open()
+            self._readers.poll()
             held = [e for e in experts if self.table[layer, e]]
             numbers = np.asarray(held, dtype=np.intp) + layer * self._experts
             return self._claim(layer, numbers, held, "preload")
@@ -144,6 +152,7 @@ class ExpertCache:
         first = layer * self._experts
         with self._lock:
             self._check_open()
+            self._readers.poll()
             if layer in self._guarding:
                 self._forget_hint(layer)
             sizes = self._residency.sizes
@@ -184,7 +193,6 @@ class ExpertCache:
         """End the readers and give up all memory; a read that has begun is waited for."""
         with self._lock:
             self._closed = True
-            self._arrived.notify_all()
         self._readers.close()
         self._residency.clear()
 
@@ -212,7 +220,7 @@ class ExpertCache:
                     if progress is not None:
                         progress(read)
 
-    # The lock is held in everything below, but for `_read`, `_wait`, `_unpin` and `_release`.
+    # The lock is held in everything below, but for `_wait`, `_unpin` and `_release`.
 
     def _claim(
         self, layer: int, numbers: NDArray[np.intp], held: list[int], purpose: Purpose
@@ -245,6 +253,7 @@ class ExpertCache:
             return
         if load.purpose == "prefetch" and not load.wanted:
             load.wanted = True
+            self._readers.hurry(load)
             self.stats.late += purpose == "demand"
         load.claims.append(claim)
         claim._waiting += 1
@@ -307,10 +316,6 @@ class ExpertCache:
         self._hints.pop(layer, None)
         self._residency.guarded[layer * self._experts : (layer + 1) * self._experts] = False
 
-    def _read(self, load: Load) -> None:
-        layer, expert = divmod(load.number, self._experts)
-        self.store.fetch(load.slot.view(), layer, expert)
-
     def _finished(self, load: Load, error: BaseException | None) -> None:
         del self._loads[load.number]
         if error is not None:
@@ -324,7 +329,6 @@ class ExpertCache:
                 claim._arrived.append(load.number - claim._first)
             else:
                 claim._error = error
-        self._arrived.notify_all()
 
     def _count(self, load: Load) -> None:
         stats = self.stats
@@ -358,7 +362,7 @@ class ExpertCache:
                         f"{self.nbytes} bytes beside those in use; say which are done"
                     )
                 # For its own reads, or for a prefetch that can make room once it is done.
-                self._arrived.wait()
+                self._readers.wait()
             arrived, claim._arrived = claim._arrived, []
             self.stats.wait_seconds += time.perf_counter() - began
             return arrived

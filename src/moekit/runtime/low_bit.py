@@ -6,6 +6,7 @@ Lossy. Shapes: L MoE layers, E experts, T tokens, K chosen, n experts that a ste
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER
 from typing import Any
 
@@ -20,7 +21,7 @@ from moekit.runtime.decoder_shape import DecoderShape
 from moekit.runtime.expert_cache import ExpertCache
 from moekit.runtime.expert_formats import formats_of_layer
 from moekit.runtime.schedule.fallback import PlaneFallback
-from moekit.runtime.store import ExpertStore
+from moekit.runtime.store import ExpertStore, Place
 
 
 class FirstPlanes:
@@ -35,6 +36,16 @@ class FirstPlanes:
 
     def fetch(self, buffer: Tensor, layer: int, expert: int) -> list[Tensor]:
         return self._store.fetch(buffer, layer, expert, self._planes)
+
+    @property
+    def placed(self) -> bool:
+        return self._store.placed
+
+    def place(self, layer: int, expert: int) -> Place:
+        return self._store.place(layer, expert, self._planes)
+
+    def arrived(self, buffer: Tensor, layer: int, expert: int, sums: Sequence[int]) -> None:
+        self._store.arrived(buffer, layer, expert, sums, self._planes)
 
 
 class LowBitExperts:

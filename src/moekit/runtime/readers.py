@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from moekit.runtime.slots import Slot
 
@@ -24,12 +24,38 @@ class Load:
     wanted: bool = False  # a prefetch that turned into a demand before it arrived
 
 
-class Readers:
-    """`count` threads that `read` loads and hand them to `finished` with the error, if any.
+class Readers(Protocol):
+    """Reads loads in the background and hands them to `finished(load, error or None)`.
 
-    `lock` is held in `finished` and in `spare`, which may give a load to prefetch when no demand
-    is queued, and not while reading. With several threads one is kept for demands.
+    The lock that it was made with is held in `finished` and in `spare`, which may give a load to
+    prefetch where no demand waits, and by whoever calls any method but `close`.
     """
+
+    def demand(self, load: Load) -> None:
+        """Queue a load that somebody waits for."""
+
+    def cancel(self, load: Load) -> bool:
+        """Take a load out of the queue, unless it is being read already."""
+
+    def hurry(self, load: Load) -> None:
+        """Somebody waits for what was a prefetch."""
+
+    def wake(self) -> None:
+        """There may be something to prefetch."""
+
+    def poll(self) -> None:
+        """Hand over what has been read."""
+
+    def wait(self) -> None:
+        """Let go of the lock until something was handed over, or `close` was called, or for a
+        moment."""
+
+    def close(self) -> None:
+        """End reading; reads that have begun are completed, others are dropped."""
+
+
+class ThreadReaders:
+    """`Readers` of `count` threads that `read` loads. With several, one is kept for demands."""
 
     def __init__(
         self,
@@ -41,6 +67,7 @@ class Readers:
         spare: Callable[[], Load | None],
     ) -> None:
         self._lock, self._work = lock, threading.Condition(lock)
+        self._arrived = threading.Condition(lock)
         self._read, self._finished, self._spare = read, finished, spare
         self._queue: deque[Load] = deque()
         self._prefetching, self._prefetchers = 0, max(1, count - 1)
@@ -53,27 +80,33 @@ class Readers:
             thread.start()
 
     def demand(self, load: Load) -> None:
-        """Queue a load; the lock is held."""
         self._queue.append(load)
         self._work.notify()
 
     def cancel(self, load: Load) -> bool:
-        """Take a load out of the queue, unless it is being read already; the lock is held."""
         if load not in self._queue:
             return False
         self._queue.remove(load)
         return True
 
+    def hurry(self, load: Load) -> None:
+        """Prefetches are being read as soon as they are loads."""
+
     def wake(self) -> None:
-        """There may be something to prefetch; the lock is held."""
         self._work.notify()
 
+    def poll(self) -> None:
+        """Whoever has read a load hands it over."""
+
+    def wait(self) -> None:
+        self._arrived.wait()
+
     def close(self) -> None:
-        """End the threads; reads that have begun are completed, others are dropped."""
         with self._lock:
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+            self._arrived.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -88,6 +121,7 @@ class Readers:
             with self._lock:
                 self._prefetching -= load.purpose == "prefetch"
                 self._finished(load, error)
+                self._arrived.notify_all()
 
     def _next(self) -> Load | None:
         with self._lock:

@@ -8,38 +8,45 @@ that were packed raises `StoreError`.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from moekit.core.checkpoint import Checkpoint, TensorInfo, read_header
-from moekit.core.errors import UserError
-from moekit.core.packed import PAGE, ExpertParts, PackedLayer, check_record, read_parts
-from moekit.core.packed_header import EncodedResident, PackedHeader
-from moekit.core.packed_resident import decoded, matrix_arrays
+from moekit.core.checkpoint import Checkpoint, TensorInfo
+from moekit.core.packed import (
+    PAGE,
+    ExpertParts,
+    PackedLayer,
+    check_record,
+    checksum,
+    read_parts,
+)
+from moekit.core.packed_header import PackedHeader
+from moekit.core.packed_resident import decoded
 from moekit.ops import native
 from moekit.runtime.pages import page_aligned
 from moekit.runtime.resident_reader import ResidentReader, Span
+from moekit.runtime.store_files import Record, StoreError, find_records
 
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
-class StoreError(UserError):
-    """A packed model that cannot be read as it was written; names the file and what to do."""
-
-
 @dataclass(frozen=True)
-class _Record:
-    file: str
+class Place:
+    """Where the records of an expert lie one after the other: in an open file, from `offset` on."""
+
+    file: int
     offset: int
-    size: int
+    sizes: tuple[int, ...]
 
 
 @dataclass
@@ -59,7 +66,7 @@ class ExpertStore:
     """
 
     def __init__(
-        self, path: Path, header: PackedHeader, records: dict[str, _Record], direct: bool
+        self, path: Path, header: PackedHeader, records: dict[str, Record], direct: bool
     ) -> None:
         self.path = path
         self.header = header
@@ -80,19 +87,7 @@ class ExpertStore:
         """
         directory = Path(path)
         header = PackedHeader.read(directory)
-        found: dict[str, _Record] = {}
-        for name in (*header.resident_files, *header.expert_files):
-            file = directory / name
-            if not file.is_file():
-                raise StoreError(f"{file} is missing; copy it again or convert the model again.")
-            try:
-                entries = read_header(file)
-            except (UserError, OSError) as error:
-                raise StoreError(str(error)) from None
-            for tensor, entry in entries.items():
-                found[tensor] = _Record(name, entry.start, entry.stop - entry.start)
-        _check_tensors(directory, header, found)
-        return cls(directory, header, found, direct)
+        return cls(directory, header, find_records(directory, header), direct)
 
     @property
     def direct(self) -> bool:
@@ -144,19 +139,53 @@ class ExpertStore:
             raise ValueError(
                 f"an expert of {size} bytes does not fit {buffer.dtype} {buffer.shape}"
             )
-        start, pieces = 0, []
+        start = 0
         for run in _runs(records):
             length = sum(record.size for record in run)
             self._read(run[0].file, run[0].offset, buffer[start : start + length])
             start += length
-        start = 0
-        for plane, record in enumerate(records):
-            pieces.append(buffer[start : start + record.size])
-            self._check(layer, expert, plane, pieces[-1])
-            start += record.size
-        with self._lock:
-            self.stats.experts += 1
+        pieces = _pieces(buffer, records)
+        sums = [checksum(piece.numpy().data, crc32) for piece in pieces]
+        self._check(layer, expert, pieces, sums)
         return pieces
+
+    @functools.cached_property
+    def placed(self) -> bool:
+        """Whether the planes of every expert lie one after the other, so that it has a `place`."""
+        return all(
+            len(list(_runs(self._planes(layer, expert, None)))) == 1
+            for layer, described in enumerate(self.layers)
+            for expert in range(described.num_experts)
+        )
+
+    def place(self, layer: int, expert: int, planes: int | None = None) -> Place:
+        """Where to read an expert, or its first `planes` planes, without `fetch`, if the store is
+        `placed`. What was read from there goes through `arrived`.
+
+        Raises `StoreError` for a file that cannot be opened.
+        """
+        records = self._planes(layer, expert, planes)
+        try:
+            file = self._file(records[0].file)
+        except OSError as error:
+            raise self._unreadable(records[0].file, error) from None
+        return Place(file, records[0].offset, tuple(record.size for record in records))
+
+    def arrived(
+        self,
+        buffer: Tensor,
+        layer: int,
+        expert: int,
+        sums: Sequence[int],
+        planes: int | None = None,
+    ) -> None:
+        """Verify and count an expert that was read from its place; `sums` are the checksums of its
+        records in `buffer`. Raises `StoreError`."""
+        records = self._planes(layer, expert, planes)
+        with self._lock:
+            self.stats.reads += 1
+            self.stats.bytes += len(buffer)
+        self._check(layer, expert, _pieces(buffer, records), sums)
 
     def resident(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the resident part, by the model's parameter names, each verified; what is
@@ -208,7 +237,7 @@ class ExpertStore:
                 found.update({tensor: file.info(tensor) for tensor in file.names()})
         return found
 
-    def _planes(self, layer: int, expert: int, planes: int | None) -> list[_Record]:
+    def _planes(self, layer: int, expert: int, planes: int | None) -> list[Record]:
         if not 0 <= layer < len(self.layers):
             raise IndexError(f"layer {layer} of {len(self.layers)}")
         described = self.layers[layer]
@@ -222,16 +251,22 @@ class ExpertStore:
             for plane in range(count if planes is None else planes)
         ]
 
-    def _check(self, layer: int, expert: int, plane: int, piece: Tensor) -> None:
+    def _check(
+        self, layer: int, expert: int, pieces: Sequence[Tensor], sums: Sequence[int]
+    ) -> None:
         # Every time: a file may change while it is open, and a disk may fail late.
-        wrong = check_record(self.header, layer, expert, plane, piece.numpy().data, crc32)
-        if wrong is not None:
+        for plane, (piece, crc) in enumerate(zip(pieces, sums, strict=True)):
+            wrong = check_record(self.header, layer, expert, plane, piece.numpy().data, crc)
+            if wrong is None:
+                continue
             record = self._records[self.layers[layer].tensor_name(expert, plane)]
             raise StoreError(
                 f"{self.path / record.file}: expert {expert} of layer {layer} (plane {plane}, "
                 f"bytes {record.offset} to {record.offset + record.size}) is damaged: {wrong}. "
                 "Copy the file again or convert the model again."
             )
+        with self._lock:
+            self.stats.experts += 1
 
     def _read(self, name: str, offset: int, into: Tensor, needed: int | None = None) -> int:
         """Fill `into` from `offset` on; with `needed` the file may end there or later, and the
@@ -298,9 +333,15 @@ def crc32(data: memoryview, crc: int = 0) -> int:
     return zlib.crc32(data, crc) if kernels is None else kernels.crc32(data, crc)
 
 
-def _runs(records: list[_Record]) -> Iterator[list[_Record]]:
+def _pieces(buffer: Tensor, records: Sequence[Record]) -> list[Tensor]:
+    """Where each of the records lies that `buffer` holds one after the other."""
+    stops = list(accumulate(record.size for record in records))
+    return [buffer[stop - record.size : stop] for record, stop in zip(records, stops, strict=True)]
+
+
+def _runs(records: list[Record]) -> Iterator[list[Record]]:
     """Records that lie one after the other, to be fetched by one read."""
-    run: list[_Record] = []
+    run: list[Record] = []
     for record in records:
         if run and (run[-1].file, run[-1].offset + run[-1].size) != (record.file, record.offset):
             yield run
@@ -308,41 +349,3 @@ def _runs(records: list[_Record]) -> Iterator[list[_Record]]:
         run.append(record)
     if run:
         yield run
-
-
-def _check_tensors(directory: Path, header: PackedHeader, found: dict[str, _Record]) -> None:
-    wanted = {}
-    for layer in header.layers:
-        for expert in range(layer.num_experts):
-            for plane in range(layer.num_planes(expert)):
-                name = layer.tensor_name(expert, plane)
-                wanted[name] = layer.record(expert, plane).size
-    for name, size in wanted.items():
-        record = found.get(name)
-        if record is None or record.file not in header.expert_files:
-            raise StoreError(f"{directory}: {name} is in no file of experts; convert it again.")
-        if record.size != size or record.offset % PAGE:
-            raise StoreError(
-                f"{directory / record.file}: {name} has {record.size} bytes at {record.offset}; "
-                f"expected {size} at a multiple of {PAGE}. Convert the model again."
-            )
-    if header.encoded is not None:
-        _check_encoded(directory, header.encoded, found)
-    missing = sorted(set(header.resident) - set(found)) or sorted(
-        set(found) - set(header.resident) - set(wanted)
-    )
-    if missing:
-        raise StoreError(
-            f"{directory}: {missing[0]} is in only one of the header and the files; they belong "
-            "to different models. Convert the model again."
-        )
-
-
-def _check_encoded(directory: Path, encoded: EncodedResident, found: Mapping[str, _Record]) -> None:
-    for name, part in encoded.matrices.items():
-        _, size = matrix_arrays(encoded.codec, (part.shape[0], part.shape[1]))
-        if name in found and found[name].size != size:
-            raise StoreError(
-                f"{directory}: {name} has {found[name].size} bytes; {encoded.codec.name} of "
-                f"{list(part.shape)} has {size}. Convert the model again."
-            )

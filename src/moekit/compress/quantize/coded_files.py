@@ -26,7 +26,7 @@ from moekit.core.checkpoint import read_header, read_json
 from moekit.core.errors import UserError
 from moekit.core.load import PACKED_FILE
 from moekit.core.memory import format_bytes
-from moekit.core.packed import ExpertParts, check_record, read_parts, write_record
+from moekit.core.packed import ExpertParts, check_record, checksum, read_parts, write_record
 from moekit.core.packed_header import PackedHeader
 from moekit.core.writer import check_output
 from moekit.ops.codecs import Encoded
@@ -81,7 +81,8 @@ def squeeze(packed: Path, out: Path, *, progress: Progress | None = None) -> Squ
             for plane in range(layer.num_planes(expert)):
                 name = layer.tensor_name(expert, plane)
                 records.append(_read(packed, *places[name]))
-                wrong = check_record(header, position, expert, plane, records[-1].numpy().data)
+                record = records[-1].numpy().data
+                wrong = check_record(header, position, expert, plane, record, checksum(record))
                 if wrong is not None:
                     raise UserError(f"{packed}: the record {name} is damaged: {wrong}.")
                 packed_bytes += len(records[-1])
