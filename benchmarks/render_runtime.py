@@ -1,6 +1,5 @@
 """Sections of docs/results.md about running models, for `render.py`."""
 
-import statistics
 from typing import Any
 
 from tables import machine, table
