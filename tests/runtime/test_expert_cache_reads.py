@@ -328,6 +328,17 @@ def test_hints_of_a_store(packed, readers):
         assert stats.peak_bytes <= cache.nbytes
 
 
+def test_hints_are_read_while_nobody_asks(packed, readers):
+    with ExpertStore.open(packed) as store, ExpertCache(store, store.expert_bytes) as cache:
+        for layer, described in enumerate(store.layers):
+            cache.hint(layer, range(described.num_experts))
+        end = time.monotonic() + 30
+        while not cache.complete:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert serve_store(cache, 1, [2, 5]) == [2, 5]
+
+
 def serve_store(cache, layer, experts):
     with cache.begin(layer, experts) as claim:
         for portion in (claim.ready, *claim.arrivals()):

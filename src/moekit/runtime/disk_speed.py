@@ -83,7 +83,7 @@ class _Reading:
         self._lock, self._left = threading.Lock(), 0
         self._error: BaseException | None = None
         self._readers = open_readers(
-            store, experts, READERS, self._lock, finished=self._finished, spare=lambda: None
+            store, experts, READERS, self._lock, finished=self._finished, spare=lambda evicts: None
         )
 
     def all(self, loads: Sequence[Load]) -> None:

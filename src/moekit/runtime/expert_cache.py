@@ -296,13 +296,13 @@ class ExpertCache:
         self.stats.peak_bytes = max(self.stats.peak_bytes, self._residency.held)
         return slot
 
-    def _next_prefetch(self) -> Load | None:
+    def _next_prefetch(self, evicts: bool) -> Load | None:
         for layer in sorted(self._hints, key=lambda layer: (layer - self._layer) % len(self.table)):
             missing = self._hints[layer]
             while missing and (self._flat[missing[-1]] or missing[-1] in self._loads):
                 missing.pop()
             victims = self._residency.victims(layer, self._layer, guarded=False)
-            slot = self._room(missing[-1], victims) if missing else None
+            slot = self._room(missing[-1], victims if evicts else iter(())) if missing else None
             number = missing.pop() if slot is not None else -1
             if not missing:
                 del self._hints[layer]

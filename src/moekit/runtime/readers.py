@@ -27,8 +27,9 @@ class Load:
 class Readers(Protocol):
     """Reads loads in the background and hands them to `finished(load, error or None)`.
 
-    The lock that it was made with is held in `finished` and in `spare`, which may give a load to
-    prefetch where no demand waits, and by whoever calls any method but `close`.
+    The lock that it was made with is held by whoever calls any method but `close`, in `finished`,
+    and in `spare(evicts)`, which may give a load to prefetch where no demand waits, and let others
+    leave for it if `evicts`.
     """
 
     def demand(self, load: Load) -> None:
@@ -64,7 +65,7 @@ class ThreadReaders:
         *,
         read: Callable[[Load], object],
         finished: Callable[[Load, BaseException | None], None],
-        spare: Callable[[], Load | None],
+        spare: Callable[[bool], Load | None],
     ) -> None:
         self._lock, self._work = lock, threading.Condition(lock)
         self._arrived = threading.Condition(lock)
@@ -129,7 +130,7 @@ class ThreadReaders:
                 if self._queue:
                     return self._queue.popleft()
                 if self._prefetching < self._prefetchers:
-                    load = self._spare()
+                    load = self._spare(True)
                     if load is not None:
                         self._prefetching += 1
                         return load

@@ -60,7 +60,7 @@ class Reads:
     """Threads that read records, `in_flight` pieces of about `piece` bytes at a time.
 
     Urgent records come before the others, each group in the order in which it was asked for. May be
-    used from several threads, of which one waits.
+    used from several threads; of those that wait one hears of a record.
     """
 
     def __init__(self, library: Library, in_flight: int, piece: int) -> None:
@@ -69,7 +69,6 @@ class Reads:
             function = getattr(self.c, name)
             function.restype, function.argtypes = result, arguments
         self._handle = self.c.reads_new(in_flight, piece)
-        self._done = ReadDone()
         self._closer = weakref.finalize(self, _end, self.c, self._handle)
 
     def submit(
@@ -103,7 +102,7 @@ class Reads:
     def wait(self, seconds: float) -> tuple[int, int] | None:
         """A record that is done, by its number, and how: `WHOLE`, `CUT_SHORT` or the number of the
         system's error. None where none was within `seconds`, or after `close`."""
-        done = self._done
+        done = ReadDone()
         if self.c.reads_wait(self._handle, seconds, done):
             return done.id, done.status
         return None
