@@ -32,7 +32,6 @@ from moekit.core.record import start_record
 from moekit.core.replay import replay
 from moekit.evaluate.text import read_texts
 from moekit.export.gguf import convert_gguf
-from moekit.ops import native
 from moekit.runtime.disk_speed import disk_speed
 from moekit.runtime.store import ExpertStore
 
@@ -138,8 +137,7 @@ def run_llama(
 
 
 def disk_bandwidth(packed: Path) -> float:
-    """Bytes a second of the disk, checksums by the kernels that the engine has."""
-    native.library()
+    """Bytes a second of the disk, by the readers that the engine has."""
     with ExpertStore.open(packed) as store:
         return disk_speed(store, 1.0).bandwidth
 

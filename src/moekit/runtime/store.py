@@ -22,14 +22,7 @@ import torch
 from torch import Tensor
 
 from moekit.core.checkpoint import Checkpoint, TensorInfo
-from moekit.core.packed import (
-    PAGE,
-    ExpertParts,
-    PackedLayer,
-    check_record,
-    checksum,
-    read_parts,
-)
+from moekit.core.packed import PAGE, ExpertParts, PackedLayer, check_record, checksum, read_parts
 from moekit.core.packed_header import PackedHeader
 from moekit.core.packed_resident import decoded
 from moekit.ops import native

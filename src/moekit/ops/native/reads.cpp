@@ -1,3 +1,4 @@
+// Threads that read and sum pieces of records, the most urgent first.
 #include "reads.h"
 
 #include <errno.h>
